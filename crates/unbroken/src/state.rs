@@ -1,0 +1,84 @@
+//! State: a tree of named values as a training run sees it, framework-free.
+//!
+//! Touches: nothing. A [`Value`] is plain data; tensor bytes live outside the tree, in storages that leaves refer to
+//! by index, so that tied weights and views are stored once and come back tied.
+
+use std::fmt;
+
+/// One value of the tree. Types survive: a tuple comes back as a tuple, an integer key as an integer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Nothing.
+    None,
+    /// True or false.
+    Bool(bool),
+    /// An integer that fits in 64 bits, signed.
+    Int(i64),
+    /// Any other integer. Canonical: never a value that `Int` can hold, no leading zero byte.
+    BigInt {
+        /// Whether the number is below zero.
+        negative: bool,
+        /// Absolute value, most significant byte first.
+        magnitude: Vec<u8>,
+    },
+    /// A float by its IEEE 754 bits: NaN payloads and signed zeros survive.
+    Float(u64),
+    /// A complex number: bits of the real and of the imaginary part.
+    Complex(u64, u64),
+    /// Text.
+    Str(String),
+    /// Bytes.
+    Bytes(Vec<u8>),
+    /// A mutable sequence.
+    List(Vec<Value>),
+    /// An immutable sequence.
+    Tuple(Vec<Value>),
+    /// A mapping. The order is state and is kept.
+    Dict(Vec<(Value, Value)>),
+    /// A mutable set. Canonical: sorted by encoded bytes, no duplicates.
+    Set(Vec<Value>),
+    /// An immutable set, canonical like `Set`.
+    FrozenSet(Vec<Value>),
+    /// A typed value that the core does not interpret: a front lowers and raises it (dataclass, enum, deque, path).
+    Object {
+        /// What sort of thing it is, such as `dataclass`.
+        kind: String,
+        /// Its type's name, such as `__main__.Score`.
+        name: String,
+        /// Its parts, in order.
+        fields: Vec<(String, Value)>,
+    },
+    /// A view of a storage.
+    Tensor(Tensor),
+}
+
+/// A leaf that views the bytes of one storage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Element type by its torch name without prefix (`float32`, `bfloat16`, ...) or a front's own name.
+    pub dtype: String,
+    /// Size of each dimension, in elements.
+    pub shape: Vec<u64>,
+    /// Step of each dimension, in elements; negative only for fronts that have such views (numpy).
+    pub strides: Vec<i64>,
+    /// First element, counted in elements from the start of the storage.
+    pub offset: u64,
+    /// Index into the checkpoint's storages.
+    pub storage: u32,
+    /// Where it lived, such as `cpu` or `cuda:0`.
+    pub device: String,
+    /// What else the front needs to rebuild it, such as `requires_grad` or quantizer parameters. Sorted by name.
+    pub attrs: Vec<(String, Value)>,
+}
+
+/// Path of a leaf: keys, indices and field names from the root, for people and for pack entries.
+///
+/// Written with `/` between parts: `optimizer/state/conv1.weight/exp_avg`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeafPath(pub String);
+
+impl fmt::Display for LeafPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

@@ -1,0 +1,253 @@
+"""The border between Python and the Rust core: what the extension module offers, and nothing clever."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, final
+
+Value: TypeAlias = Any
+"""None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, `Tensor` or `Object`; nothing else.
+
+Exact types only: a subclass (an IntEnum, a named tuple) is refused with TypeError naming its path; fronts lower it first.
+"""
+
+@final
+class Tensor:
+    """A leaf that views the bytes of one storage. Immutable."""
+
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        offset: int,
+        storage: int,
+        device: str = "cpu",
+        attrs: Mapping[str, Value] | None = None,
+    ) -> None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def storage(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def attrs(self) -> dict[str, Value]: ...
+
+@final
+class Object:
+    """A typed value that the core does not interpret. Immutable."""
+
+    def __init__(self, kind: str, name: str, fields: Mapping[str, Value]) -> None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def fields(self) -> dict[str, Value]: ...
+
+def encode(value: Value) -> bytes:
+    """Return the canonical bytes of a value (docs/format.md, "Values")."""
+
+def decode(data: bytes) -> Value:
+    """Return the value of canonical bytes; `FormatError` where they are not canonical or too large."""
+
+def digest_value(value: Value) -> bytes:
+    """Return the BLAKE3 digest (32 bytes) of a value's canonical bytes."""
+
+def digest_memory(regions: Sequence[tuple[int, int]]) -> bytes:
+    """Return one xxh3-128 digest (16 bytes) over memory regions (address, length in bytes), GIL released.
+
+    Each region's length is hashed before its bytes. The caller keeps the memory alive and unchanged.
+    """
+
+def digest_each(regions: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the xxh3-128 digest (16 bytes) of each memory region, GIL released."""
+
+def digest_window(regions: Sequence[tuple[int, int]], start: int, length: int) -> bytes:
+    """Return one xxh3-128 digest over bytes [start, start + length) of the regions laid end to end, cyclic."""
+
+def digest_bytes(*parts: bytes) -> bytes:
+    """Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length."""
+
+def derive_key(seed: int, purpose: str, epoch: int, position: int) -> bytes:
+    """Return 32 bytes, a pure function of the arguments (docs/format.md, "Keys")."""
+
+@final
+class Order:
+    """A random-access permutation of range(length) for one epoch (docs/format.md, "Orders"). Constant memory."""
+
+    def __init__(self, seed: int, epoch: int, length: int) -> None: ...
+    def __len__(self) -> int: ...
+    def at(self, position: int) -> int: ...
+    def slice(self, start: int, stop: int) -> list[int]: ...
+
+@final
+class CheckpointInfo:
+    """What a manifest says of its checkpoint, without its tensors."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def phase(self) -> int:
+        """0: in an epoch, after a step. 1: an epoch's after-work is done. 2: the run is finished."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def created(self) -> str: ...
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def environment(self) -> dict[str, Value]: ...
+    @property
+    def identity(self) -> dict[str, Value]: ...
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all storages it refers to."""
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that this checkpoint added to the disk."""
+
+@final
+class Checkpoint:
+    """One committed checkpoint, its manifest verified."""
+
+    @property
+    def info(self) -> CheckpointInfo: ...
+    @property
+    def tree(self) -> Value: ...
+    @property
+    def storages(self) -> list[tuple[int, bytes]]:
+        """(length in bytes, BLAKE3 digest) of each storage."""
+    def read(self, storage: int) -> bytes:
+        """Return one storage's bytes, verified; `DamagedCheckpoint` names file and leaf."""
+    def read_into(self, targets: Sequence[tuple[int, int, int]]) -> None:
+        """Fill memory (storage index, address, length in bytes) with verified bytes, GIL released.
+
+        On `DamagedCheckpoint` the memory's content is unspecified: give scratch memory, not live tensors.
+        """
+    def verify(self) -> None:
+        """Read everything it refers to and compare each digest."""
+
+@final
+class Difference:
+    """The first component in which a step executed again differs from the journal."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def component(self) -> str: ...
+    @property
+    def expected(self) -> str: ...
+    @property
+    def found(self) -> str: ...
+
+@final
+class Run:
+    """A run on disk, held by one writer: directory, lock, journal and store."""
+
+    @staticmethod
+    def open(
+        path: Path,
+        *,
+        seed: int | None,
+        settings: Mapping[str, str | int | float | bool],
+        strict: bool = False,
+    ) -> Run:
+        """Open or create a run directory and take its lock.
+
+        Args:
+            path: Directory; created with its parents if missing.
+            seed: Seed of a new run; None draws one. A different seed than the recorded one raises `IdentityError`.
+            settings: Recorded in run.toml at creation only.
+            strict: Refuse a damaged newest checkpoint instead of falling back to the next older one.
+
+        Raises:
+            RunLocked, FormatError, DamagedCheckpoint, StorageError.
+        """
+    @property
+    def path(self) -> Path: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def life(self) -> int:
+        """Process lives before this one plus one."""
+    @property
+    def resumed_from(self) -> Checkpoint | None:
+        """The newest whole checkpoint at open, or None for a new run."""
+    @property
+    def rejected(self) -> list[tuple[str, str]]:
+        """(checkpoint name, why) of each newer one that was not whole, newest first."""
+    @property
+    def warnings(self) -> list[str]:
+        """What opening found and left alone: foreign checkpoints, journal damage, swept left-overs."""
+    def begin(self) -> None:
+        """Start this life's journal segment at `resumed_from`. Nothing is written to the journal before."""
+    def record(
+        self, step: int, phase: int, epoch: int, position: int, components: Sequence[tuple[str, bytes | int | float | str]]
+    ) -> Difference | None:
+        """Append one boundary's record; compare it with what earlier lives recorded for the same boundary.
+
+        Components come in causal order. Floats are kept by their bits. Durability: the operating system has it on
+        return (it survives kill -9, not a power cut) and the next commit syncs it.
+        """
+    def event(self, kind: str, step: int, fields: Mapping[str, Value]) -> None:
+        """Append what is not a step: an override, a signal, a resume, a mark. Same durability as `record`."""
+    @property
+    def recorded_until(self) -> int:
+        """Highest step that earlier lives recorded after `resumed_from` (its own step if none)."""
+    def commit(
+        self,
+        *,
+        step: int,
+        phase: int,
+        tree: Value,
+        storages: Sequence[tuple[int, int]],
+        identity: Mapping[str, Value],
+        environment: Mapping[str, Value],
+        metrics: Mapping[str, float],
+        pinned: bool = False,
+    ) -> CheckpointInfo:
+        """Write one checkpoint, storages given as (address, length in bytes), GIL released.
+
+        Durability: on return the checkpoint survives a power cut. Equal storages of earlier checkpoints are not
+        written again. On an error nothing that was committed before is touched.
+        """
+    def prune(
+        self,
+        *,
+        last: int | None,
+        every: int | None,
+        best: tuple[str, Literal["min", "max"], int] | None,
+        dry_run: bool = False,
+    ) -> list[str]:
+        """Delete checkpoints that the retention policy does not keep; return their names. Foreign ones stay."""
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """This run's checkpoints, oldest first."""
+    def close(self) -> None:
+        """Close the journal and give the lock back. Idempotent."""
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one)."""
+
+def read_journal(path: Path) -> list[dict[str, Value]]:
+    """Return the joined journal of a run directory, one dict a boundary (step, phase, epoch, position, components)."""
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command-line program; return its exit code."""
+
+def build_info() -> dict[str, str]: ...
