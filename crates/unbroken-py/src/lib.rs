@@ -1,0 +1,1 @@
+//! The extension module `unbroken._core`: conversions, nothing clever.
