@@ -6,7 +6,8 @@
             ...
             run.log(loss=loss)
 
-Importing this package imports neither torch nor numpy; `Run` and `load` bring in what they need when first used.
+Importing this package imports neither torch nor numpy; `Run` and `load` bring in what they need when first
+used.
 """
 
 from importlib import import_module

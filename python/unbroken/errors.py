@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions that carry their facts: what happened, where, and what to do next.
 
-Touches: nothing. The extension module raises the first group, from the core's errors and with the same fields;
-Python alone raises the second.
+Touches: nothing. The extension module raises the first group, from the core's errors and with the same
+fields; Python alone raises the second.
 """
 
 from collections.abc import Sequence
