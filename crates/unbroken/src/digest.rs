@@ -1,0 +1,243 @@
+//! When two states are the same: BLAKE3 for what is stored, xxh3-128 for what is compared in memory.
+//!
+//! Touches: the bytes it is given, read only. A [`Digest`] holds against malice as well as accidents and names things on
+//! disk; a [`Fingerprint`] is several times faster, holds against accidents only, and never names anything.
+
+use std::fmt;
+use std::str::FromStr;
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::error::Error;
+
+/// A BLAKE3 digest, 32 bytes. Shown as 64 lower-case hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// Digest of one byte string.
+    pub fn of(bytes: &[u8]) -> Digest {
+        Digest(blake3::hash(bytes).into())
+    }
+
+    /// The first 16 hexadecimal digits: enough for names and for people.
+    pub fn short(&self) -> String {
+        hex(&self.0[..8])
+    }
+
+    /// All 64 hexadecimal digits.
+    pub fn to_hex(&self) -> String {
+        hex(&self.0)
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.to_hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({})", self.short())
+    }
+}
+
+impl FromStr for Digest {
+    type Err = Error;
+
+    /// Reads 64 lower-case hexadecimal digits.
+    fn from_str(text: &str) -> Result<Digest, Error> {
+        unhex(text)
+            .map(Digest)
+            .ok_or_else(|| Error::invalid(format!("`{text}` is not a digest (64 hex digits)")))
+    }
+}
+
+/// Takes the digest of bytes that arrive in pieces. Equal to [`Digest::of`] over the pieces laid end to end.
+#[derive(Clone, Debug, Default)]
+pub struct Hasher(blake3::Hasher);
+
+impl Hasher {
+    /// A hasher that has seen nothing.
+    pub fn new() -> Hasher {
+        Hasher::default()
+    }
+
+    /// Takes the next piece.
+    pub fn update(&mut self, bytes: &[u8]) -> &mut Hasher {
+        self.0.update(bytes);
+        self
+    }
+
+    /// Digest of everything so far.
+    pub fn finish(&self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
+}
+
+/// An xxh3-128 hash in its canonical, big-endian form. Shown as 32 lower-case hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Fingerprint(pub [u8; 16]);
+
+impl Fingerprint {
+    /// Fingerprint of one region's bytes, without its length.
+    pub fn of(region: &[u8]) -> Fingerprint {
+        Fingerprint(xxh3_128(region).to_be_bytes())
+    }
+
+    /// One fingerprint over regions: each one's length (u64, little-endian) before its bytes, so that moving a byte
+    /// from one region to the next changes it.
+    pub fn of_regions(regions: &[&[u8]]) -> Fingerprint {
+        let mut state = Xxh3::new();
+        for region in regions {
+            state.update(&(region.len() as u64).to_le_bytes());
+            state.update(region);
+        }
+        Fingerprint(state.digest128().to_be_bytes())
+    }
+
+    /// The fingerprint of each region by itself.
+    pub fn of_each(regions: &[&[u8]]) -> Vec<Fingerprint> {
+        regions.iter().map(|region| Fingerprint::of(region)).collect()
+    }
+
+    /// One fingerprint over bytes `[start, start + length)` of the regions laid end to end, as a ring.
+    ///
+    /// `start` counts modulo the total; a window longer than the ring is cut to one turn. Lengths are not hashed.
+    pub fn of_window(regions: &[&[u8]], start: u64, length: u64) -> Fingerprint {
+        let total: u64 = regions.iter().map(|region| region.len() as u64).sum();
+        let mut state = Xxh3::new();
+        if total > 0 {
+            let start = start % total;
+            let length = length.min(total);
+            let tail = length.min(total - start);
+            update_range(&mut state, regions, start, tail);
+            update_range(&mut state, regions, 0, length - tail);
+        }
+        Fingerprint(state.digest128().to_be_bytes())
+    }
+}
+
+/// Hashes bytes `[start, start + length)` of regions laid end to end; the caller keeps the range inside them.
+fn update_range(state: &mut Xxh3, regions: &[&[u8]], start: u64, length: u64) {
+    let (mut skip, mut left) = (start, length);
+    for region in regions {
+        if left == 0 {
+            return;
+        }
+        let size = region.len() as u64;
+        if skip >= size {
+            skip -= size;
+            continue;
+        }
+        let taken = left.min(size - skip);
+        state.update(&region[skip as usize..(skip + taken) as usize]);
+        left -= taken;
+        skip = 0;
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Fingerprint({self})")
+    }
+}
+
+/// Lower-case hexadecimal digits of bytes.
+pub fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| char::from(DIGITS[usize::from(digit)]))
+        .collect()
+}
+
+/// The bytes of exactly `2 * N` lower-case hexadecimal digits.
+pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits = text.as_bytes();
+    if digits.len() != 2 * N {
+        return None;
+    }
+    let value = |digit: u8| match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        _ => None,
+    };
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = value(pair[0])? << 4 | value(pair[1])?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_survives_its_own_text() {
+        let digest = Digest::of(b"");
+        // Source: the empty input of BLAKE3's published test vectors.
+        assert_eq!(
+            digest.to_string(),
+            "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+        );
+        assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
+        assert_eq!(digest.short(), "af1349b9f5f9a1a6");
+        assert!("AF1349".parse::<Digest>().is_err());
+        assert!(digest.to_string().to_uppercase().parse::<Digest>().is_err());
+    }
+
+    #[test]
+    fn pieces_hash_like_the_whole() {
+        let bytes: Vec<u8> = (0..10_000u32).map(|i| (i * 7) as u8).collect();
+        let mut hasher = Hasher::new();
+        for piece in bytes.chunks(333) {
+            hasher.update(piece);
+        }
+        assert_eq!(hasher.finish(), Digest::of(&bytes));
+    }
+
+    #[test]
+    fn moving_a_byte_between_regions_changes_the_fingerprint() {
+        let parted = Fingerprint::of_regions(&[b"ab", b"c"]);
+        assert_ne!(parted, Fingerprint::of_regions(&[b"a", b"bc"]));
+        assert_ne!(parted, Fingerprint::of_regions(&[b"ab", b"c", b""]));
+        assert_eq!(parted, Fingerprint::of_regions(&[b"ab", b"c"]));
+    }
+
+    #[test]
+    fn a_window_over_regions_equals_the_window_over_the_bytes_laid_end_to_end() {
+        let bytes: Vec<u8> = (0..29).collect();
+        let regions = [&bytes[..3], &bytes[3..3], &bytes[3..20], &bytes[20..]];
+        for start in 0..60u64 {
+            for length in 0..40u64 {
+                let ring: Vec<u8> = (start..start + length.min(29)).map(|i| (i % 29) as u8).collect();
+                assert_eq!(
+                    Fingerprint::of_window(&regions, start, length),
+                    Fingerprint::of(&ring),
+                    "{start} {length}"
+                );
+            }
+        }
+        assert_eq!(Fingerprint::of_window(&[], 5, 7), Fingerprint::of(b""));
+    }
+
+    #[test]
+    fn fingerprints_of_version_1_stay_as_they_are() {
+        // Source: xxHash's XXH3_128bits of the empty input, canonical form.
+        assert_eq!(
+            Fingerprint::of(b"").to_string(),
+            "99aa06d3014798d86001c324468d497f"
+        );
+        assert_eq!(Fingerprint::of_each(&[b"", b"abc"])[1], Fingerprint::of(b"abc"));
+    }
+}

@@ -1,0 +1,26 @@
+//! Exact, proven, durable checkpoints of training runs: the core, free of any framework.
+//!
+//! A front (PyTorch, Burn, anything else) lowers what it wants to keep to a tree of [`state::Value`]s and a list of
+//! storages; this crate writes them once, publishes them atomically, journals every step and proves on resume that a
+//! step executed again is the same step. The bytes on disk are specified in `docs/format.md`.
+//!
+//! ```
+//! use unbroken::format::value;
+//! use unbroken::state::Value;
+//!
+//! let state = Value::Dict(vec![(Value::Str("step".into()), Value::Int(1200))]);
+//! let bytes = value::encode(&state)?;
+//! assert_eq!(value::decode(&bytes)?, state);
+//! # Ok::<(), unbroken::error::Error>(())
+//! ```
+
+pub mod digest;
+pub mod error;
+pub mod format;
+pub mod key;
+pub mod state;
+pub mod storage;
+
+pub use digest::{Digest, Fingerprint};
+pub use error::{Error, Result};
+pub use state::Value;
