@@ -1,0 +1,822 @@
+"""`Run`: one training over any number of process lives, from the user's loop to the core and back.
+
+Touches: the run directory through the core; the tracked objects at boundaries only; torch's hooks, the stop signals'
+handlers and loader workers' signal masks from the first epoch or batch until `close`.
+
+How a life goes: the constructor opens the directory and reads; the first `epochs` or `batches` checks everything and
+restores what lies between epochs; the first batch of a resumed epoch restores the rest, generators last, when the
+loader is open and the user's code before the loop has run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import fnmatch
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import _core, notices
+from .batches import Batches, Stream
+from .errors import DivergedFromJournal, InvalidArgument, MismatchError, NotExact, NotTracked, UnbrokenError
+from .policy import Keep, Policy, as_policy, walltime_deadline
+from .stop import StopRequest
+from .torch import digests, environment, rng, shield, snapshot
+from .torch.data import Session
+from .torch.watch import MODULE_WATCH_STEPS, Watch
+
+# Exit code after a stop request: EX_TEMPFAIL, "try again later", which requeueing launchers can be told to act on.
+REQUEUE_CODE = 75
+
+_IN_EPOCH, _BETWEEN_EPOCHS, _FINISHED = 0, 1, 2
+
+
+class State(dict[str, Any]):
+    """The user's own values, saved with every checkpoint: `run.state["best"]` or `run.state.best`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"run.state has no value {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
+
+@dataclass
+class _Place:
+    """Where the run is.
+
+    `openings` names the loops of this epoch so far, the last one open if `in_loop`. `planned_steps` is known once a
+    loader with a length was opened.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    in_loop: bool = False
+    openings: list[str] = field(default_factory=list)
+    planned_steps: int | None = None
+    finished: bool = False
+
+    def lowered(self) -> dict[str, Any]:
+        return dict(vars(self), openings=list(self.openings))
+
+
+@dataclass
+class _LoaderSlot:
+    """One tracked loader: its session, and how often it was opened in which epoch. A stream outlasts epochs."""
+
+    session: Session
+    loader: Any
+    stream: bool
+    epoch: int = -1
+    ordinal: int = 0
+    active: bool = False
+
+
+class Run:
+    """A training that survives anything: the same command starts it and goes on with it.
+
+    Args:
+        path: Run directory, made if missing.
+        seed: Seed of keyed data order and augmentation; drawn and recorded if None. Seeds no global generator.
+        data: `native` keeps every number that plain PyTorch gives; `keyed` derives order and augmentation from the
+            seed, the same for any number of workers.
+        checkpoint: A `Policy`, or a number of steps. By default once a minute and at epoch ends.
+        keep: A `Keep`, or how many of the newest. By default the newest three.
+        walltime: Seconds or `H:MM:SS` from now after which to stop as on a signal; Slurm's own end time by default.
+        requeue_code: Exit code after a stop request.
+        allow: Names of differences (shell patterns) that do not refuse the resume; the journal records them.
+        journal: `sampled` digests a rotating window of the state each step, `full` all of it.
+        data_fingerprint: Text that identifies the content of the data; compared on resume.
+        on_divergence: `stop` raises when a step executed again differs from the journal; `continue` marks the run.
+        strict: Refuse a damaged newest checkpoint instead of falling back to the next older one.
+        quiet: Say nothing on stderr.
+        objects: What to track, by name: modules, optimizers, schedulers, scalers, generators, samplers, anything with
+            `state_dict` and `load_state_dict`.
+
+    Raises:
+        RunLocked: Another process holds the run.
+        NoWholeCheckpoint, DamagedCheckpoint, FormatError, StorageError: The directory cannot be used as it is.
+
+    Durability: a committed checkpoint survives a power cut; a step's journal record survives a kill.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        seed: int | None = None,
+        data: Literal["native", "keyed"] = "native",
+        checkpoint: Policy | int | None = None,
+        keep: Keep | int | None = None,
+        walltime: str | float | None = None,
+        requeue_code: int = REQUEUE_CODE,
+        allow: Iterable[str] = (),
+        journal: digests.Level | None = None,
+        data_fingerprint: str | None = None,
+        on_divergence: Literal["stop", "continue"] = "stop",
+        strict: bool = False,
+        quiet: bool = False,
+        **objects: Any,
+    ) -> None:
+        if data not in ("native", "keyed"):
+            raise InvalidArgument(f"data must be 'native' or 'keyed', got {data!r}")
+        level = journal if journal is not None else os.environ.get("UNBROKEN_JOURNAL", "sampled")
+        if level not in ("sampled", "full"):
+            raise InvalidArgument(f"journal must be 'sampled' or 'full', got {level!r}")
+        if on_divergence not in ("stop", "continue"):
+            raise InvalidArgument(f"on_divergence must be 'stop' or 'continue', got {on_divergence!r}")
+        if isinstance(allow, str):
+            allow = [allow]
+        self.path = Path(path)
+        self.policy = as_policy(checkpoint)
+        self.keep = keep if isinstance(keep, Keep) else Keep() if keep is None else Keep(last=keep)
+        self.requeue_code = requeue_code
+        self.state = State()
+        self._data = data
+        self._level: digests.Level = level
+        self._allow = [*allow, *filter(None, os.environ.get("UNBROKEN_ALLOW", "").split(","))]
+        self._fingerprint = data_fingerprint
+        self._on_divergence = on_divergence
+        self._say = notices.speaker(quiet=quiet)
+        self._stop = StopRequest(
+            deadline=walltime_deadline(walltime, now=time.time(), environment=os.environ)
+        )
+        self._objects: dict[str, Any] = {}
+        self.track(**objects)
+
+        self._core = _core.Run.open(self.path, seed=seed, settings={"front": "pytorch"}, strict=strict)
+        self._watch = Watch(self._objects)
+        self._slots: dict[str, _LoaderSlot] = {}
+        self._saved_loaders: dict[str, dict[str, Any]] = {}
+        self._identity: dict[str, Any] = {}
+        self._recorded_identity: dict[str, Any] = {}
+        self._versions: dict[str, Any] = {}
+        self._log: list[tuple[str, Any]] = []
+        self._metrics: dict[str, float] = {}
+        self._place = _Place()
+        self._resume_place: _Place | None = None
+        self._checkpoint: _core.Checkpoint | None = self._core.resumed_from
+        self._restore: snapshot.RestorePlan | None = None
+        # Weak: the loop's own reference is the only one, and it goes the moment the user breaks out.
+        self._primary: weakref.ref[Batches] | None = None
+        self._primary_session: Session | None = None
+        self._out: list[digests.Component] | None = None
+        self._pin_next = False
+        self._started = self._closed = False
+        self._replayed_from: int | None = None
+        self._steps_of_this_life = 0
+        self._last_commit = time.monotonic()
+        self._crash_at = os.environ.get("UNBROKEN_CRASH_AT", "")
+        for text in self._core.warnings:
+            self._say(text)
+        for name, why in self._core.rejected:
+            self._say(f"checkpoint {name} is not whole and was passed over: {why}")
+        if self._checkpoint is not None:
+            self._read_place(self._checkpoint)
+        atexit.register(self._at_exit)
+
+    # What the user asks.
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self._core.seed
+
+    @property
+    def step(self) -> int:
+        """Steps done: turns of the user's loop, over all lives."""
+        return self._place.step
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, counted from 0."""
+        return self._place.epoch
+
+    @property
+    def position(self) -> int:
+        """Batches handed out in the current epoch's loop; where a progress bar should begin."""
+        return self._place.position
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return self._place.finished
+
+    def checkpoints(self) -> list[_core.CheckpointInfo]:
+        """Return this run's committed checkpoints, oldest first."""
+        return self._core.checkpoints()
+
+    def __repr__(self) -> str:
+        done = ", finished" if self.finished else ""
+        return f"Run({str(self.path)!r}, step={self.step}, checkpoints={len(self.checkpoints())}{done})"
+
+    # What the user's script calls.
+
+    def track(self, **objects: Any) -> None:
+        """Track more objects by name. Legal until training starts.
+
+        Raises:
+            InvalidArgument: The name is taken, or training has started.
+        """
+        if getattr(self, "_started", False):
+            raise InvalidArgument("run.track() comes too late: training has started and state may be restored")
+        for name, item in objects.items():
+            if name in self._objects or name == "state":
+                raise InvalidArgument(f"the name {name!r} is taken in this run")
+            if item is None:
+                raise InvalidArgument(f"{name}=None: there is nothing to track, leave the argument out")
+            self._objects[name] = item
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over the epochs that are left of `count`; the end of the iteration completes the run.
+
+        Durability: what comes after the last epoch's work is committed when the iteration ends.
+        """
+        if count < 0:
+            raise InvalidArgument(f"epochs must be at least 0, got {count}")
+        self._start({"epochs": count})
+        if self._place.finished:
+            return
+        while self._place.epoch < count:
+            epoch = self._place.epoch
+            yield epoch
+            self._settle()
+            self._epoch_done(epoch)
+        self._complete()
+
+    def batches(
+        self,
+        loader: Any,
+        *,
+        name: str | None = None,
+        data: Literal["native", "keyed"] | None = None,
+        until_step: int | None = None,
+        progress: bool | Callable[..., Any] = False,
+    ) -> Batches:
+        """Return the loader's batches of this epoch that are left; each turn of the loop is a step.
+
+        Opened while another loop of this run is open (with `zip`, or inside its body), it is an auxiliary loop: its
+        position is saved with each checkpoint, and it counts no steps.
+
+        Args:
+            loader: A `torch.utils.data.DataLoader`, as it is.
+            name: Name of the loader in checkpoints; needed only where several alike ones cannot be told apart.
+            data: Overrides the run's data mode for this loader.
+            until_step: Outside `epochs`: go through the loader again and again until the run has made this many
+                steps, then complete it.
+            progress: True for a tqdm bar that continues where it was, or a class to call like tqdm.
+
+        Raises:
+            NotExact: The loader is of a kind that cannot be resumed bit for bit.
+            MismatchError: The loader is not the one of the checkpoint.
+        """
+        return Batches(
+            self, loader, name=name, data=data or self._data, until_step=until_step, progress=progress, positions=False
+        )
+
+    def enumerate(self, loader: Any, **options: Any) -> Batches:
+        """Return pairs (position in the epoch, batch), like `enumerate`, but counting on after a resume."""
+        options.setdefault("data", self._data)
+        return Batches(
+            self,
+            loader,
+            name=options.pop("name", None),
+            data=options.pop("data"),
+            until_step=options.pop("until_step", None),
+            progress=options.pop("progress", False),
+            positions=True,
+        )
+
+    def stream(self, loader: Any, *, name: str | None = None, data: Literal["native", "keyed"] | None = None) -> Stream:
+        """Return an endless iterator over a second loader, for `next()` in the body; its position is saved."""
+        return Stream(self, loader, name=name, data=data or self._data)
+
+    def log(self, **logged: Any) -> None:
+        """Put numbers (by their bits), texts or tensors (by digest) of this step into the journal.
+
+        The last finite value under each name is kept in the checkpoint, for `Keep(best=...)`.
+        """
+        for name, value in logged.items():
+            component = digests.logged(name, value)
+            self._log.append(component)
+            if isinstance(component[1], (int, float)):
+                self._metrics[name] = float(component[1])
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run an evaluation that leaves training as it was: generators and `training` flags are put back after."""
+        flags = snapshot.training_flags(self._objects)
+        self._watch.pause()
+        try:
+            with rng.preserved():
+                yield
+        finally:
+            snapshot.restore_training_flags(flags)
+            self._watch.resume()
+
+    def pin(self) -> None:
+        """Save the next boundary and keep that checkpoint whatever the retention says."""
+        self._pin_next = True
+
+    def finish(self) -> None:
+        """Complete the run here, before its planned end: early stopping. Starting it again trains nothing."""
+        self._settle()
+        if not self._place.finished:
+            self._complete()
+
+    def close(self) -> None:
+        """Give the run back: lock, hooks, signal handlers, loaders. Idempotent; commits nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        for slot in self._slots.values():
+            slot.session.close()
+        self._watch.uninstall()
+        shield.uninstall()
+        self._stop.uninstall()
+        self._core.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._say_incomplete(failed=kind is not None)
+        self.close()
+
+    # Starting: everything is checked before anything live is touched.
+
+    def _read_place(self, checkpoint: _core.Checkpoint) -> None:
+        tree = checkpoint.tree
+        self._place = _Place(**tree["run"])
+        self._metrics = dict(checkpoint.info.metrics)
+        self._saved_loaders = dict(tree["loaders"])
+        self._recorded_identity = checkpoint.info.identity
+        self.state.update(snapshot.raise_plain(tree["state"], checkpoint, path="state"))
+
+    def _start(self, plan: dict[str, Any]) -> None:
+        if self._closed:
+            raise InvalidArgument("this run is closed")
+        if self._started:
+            if any(self._identity.get(f"plan.{name}") != value for name, value in plan.items()):
+                raise InvalidArgument("a run has one plan: epochs() or batches(until_step=...), with one number")
+            return
+        self._refuse_distributed()
+        self._identity = {f"plan.{name}": value for name, value in plan.items()}
+        self._identity["data.fingerprint"] = self._fingerprint
+        self._identity.update(environment.settings())
+        self._identity.update(snapshot.identity(self._objects))
+        self._versions = environment.versions()
+        allowed = self._check_identity()
+        checkpoint = self._checkpoint
+        if checkpoint is not None:
+            self._restore = snapshot.plan_restore(
+                self._objects, checkpoint.tree["objects"], checkpoint, allow=self._allowed
+            )
+        self._started = True
+        if checkpoint is not None and self._place.finished and not allowed:
+            self._restore_all()
+            self._say(f"{self.path}: {self._complete_words()}; nothing to do")
+            return
+        self._place.finished = False
+        self._stop.install()
+        shield.install()
+        self._watch.install()
+        self._core.begin()
+        for name, recorded, current in allowed:
+            self._core.event("override", self.step, {"name": name, "recorded": _text(recorded), "current": _text(current)})
+        if checkpoint is None:
+            self._commit(_IN_EPOCH)
+            return
+        self._say_resumed(checkpoint)
+        if self._place.in_loop:
+            self._resume_place = self._place
+            self._place = dataclasses.replace(self._place, in_loop=False, openings=[])
+        else:
+            self._restore_all()
+
+    def _check_identity(self) -> list[tuple[str, Any, Any]]:
+        """Return the allowed differences; refuse all others by name."""
+        if self._checkpoint is None:
+            return []
+        recorded = {n: v for n, v in self._recorded_identity.items() if not n.startswith("loader/")}
+        differences = environment.changed(recorded, self._identity)
+        self._refuse(differences)
+        return differences
+
+    def _refuse(self, differences: list[tuple[str, Any, Any]]) -> None:
+        refused = [d for d in differences if not self._allowed(d[0])]
+        if refused:
+            names = ",".join(name for name, _, _ in refused[:4])
+            raise MismatchError(
+                refused,
+                hint="make them equal again, or go on knowingly with "
+                f"Run(allow=[...]) or UNBROKEN_ALLOW={names}; the journal will record it",
+            )
+
+    def _allowed(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allow)
+
+    def _refuse_distributed(self) -> None:
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            size = torch.distributed.get_world_size()
+            if size > 1:
+                raise NotExact(
+                    f"torch.distributed with {size} ranks",
+                    "this release saves one process; several ranks would write over each other's run",
+                    hint="train in one process, or give each rank a run directory of its own",
+                )
+
+    def _restore_all(self) -> None:
+        """Put back everything, generators last. Called when no more of the user's or the loader's code comes before."""
+        checkpoint, plan = self._checkpoint, self._restore
+        assert checkpoint is not None and plan is not None, "a restore has a checkpoint and a plan"
+        plan.apply()
+        self.state.clear()
+        self.state.update(snapshot.raise_plain(checkpoint.tree["state"], checkpoint, path="state"))
+        rng.restore(checkpoint.tree["generators"])
+        self._restore = None
+
+    def _say_resumed(self, checkpoint: _core.Checkpoint) -> None:
+        place = self._place
+        where = f"epoch {place.epoch}" + (f", batch {place.position}" if place.in_loop else "")
+        info = checkpoint.info
+        self._say(
+            f"resumed {self.path} at step {place.step} ({where}) from checkpoint {info.name}: "
+            f"{notices.size(info.size_bytes)} verified"
+        )
+        for name, recorded, current in environment.changed(info.environment, self._versions):
+            self._say(f"the environment changed: {name} was {recorded}, is {current}; compare what the journal says")
+        if self._fingerprint is None:
+            self._say("the data's content was not compared: no data_fingerprint was given")
+
+    # Loaders: which one is meant, and opening it.
+
+    def _open_primary(self, batches: Batches) -> bool:
+        """Open the loop's loader; False if this loop was already over at the checkpoint that the run resumed from."""
+        self._settle()
+        resume = self._resume_place
+        index = len(self._place.openings)
+        expected = None
+        if resume is not None and resume.epoch == self._place.epoch and index < len(resume.openings):
+            expected = resume.openings[index]
+        name, slot = self._slot(batches, expected)
+        self._place.openings.append(name)
+        if resume is not None and index < len(resume.openings) - 1:
+            return False
+        batches.attach(slot.session)
+        if resume is not None:
+            self._resume_place = None
+            slot.session.open(self._epoch_key(slot, count=False))
+            self._restore_all()
+            # What the user's code before the loop logged belongs to the epoch's first step, which is done.
+            self._log = []
+        else:
+            self._open_fresh(slot)
+        slot.active = True
+        self._place.in_loop = True
+        self._place.position = slot.session.position
+        self._primary = weakref.ref(batches)
+        self._primary_session = slot.session
+        epochs, expected_batches = self._identity.get("plan.epochs"), slot.session.batches_expected
+        if epochs is not None and expected_batches is not None and len(self._place.openings) == 1:
+            self._place.planned_steps = epochs * expected_batches
+        return True
+
+    def _loop_is_open(self) -> bool:
+        batches = self._primary() if self._primary is not None else None
+        return batches is not None
+
+    def _open_fresh(self, slot: _LoaderSlot) -> None:
+        if slot.active:
+            slot.session.abandon()
+        slot.session.open(self._epoch_key(slot, count=True))
+
+    def _open_auxiliary(self, batches: Batches | Stream) -> None:
+        name, slot = self._slot(batches, None)
+        saved = self._saved_loaders.pop(name, None)
+        batches.attach(slot.session)
+        resumed = saved is not None and saved["active"]
+        if resumed:
+            with rng.preserved():
+                slot.session.open(self._epoch_key(slot, count=False))
+        else:
+            self._open_fresh(slot)
+        slot.active = True
+
+    def _reopen(self, session: Session) -> None:
+        slot = next(s for s in self._slots.values() if s.session is session)
+        session.open(self._epoch_key(slot, count=True))
+
+    def _epoch_key(self, slot: _LoaderSlot, *, count: bool) -> int:
+        """Return the number that keys this pass: the epoch, and how often the loader was opened in it before."""
+        if count:
+            slot.ordinal = slot.ordinal + 1 if slot.epoch == self._place.epoch else 0
+            slot.epoch = self._place.epoch
+        return slot.epoch | slot.ordinal << 32
+
+    def _slot(self, batches: Batches | Stream, expected: str | None) -> tuple[str, _LoaderSlot]:
+        """Return name and slot of a loader, made and given its saved state at first sight."""
+        loader = batches.loader
+        for name, slot in self._slots.items():
+            if slot.loader is loader:
+                return name, slot
+        name = batches.name or expected
+        probe = None
+        if name is None:
+            probe = Session(loader, name="loader", mode=batches.data, seed=0).identity()
+            name = self._name_like(probe)
+        elif name in self._slots:
+            raise InvalidArgument(f"two loaders of this run are named {name!r}")
+        seed = int.from_bytes(_core.derive_key(self.seed, f"loader/{name}", 0, 0)[:8], "little")
+        session = Session(loader, name=name, mode=batches.data, seed=seed)
+        slot = _LoaderSlot(session, loader, stream=isinstance(batches, Stream))
+        identity = {f"loader/{name}.{key}": value for key, value in session.identity().items()}
+        saved = self._saved_loaders.get(name)
+        if saved is not None:
+            prefix = f"loader/{name}."
+            recorded = {n: v for n, v in self._recorded_identity.items() if n.startswith(prefix)}
+            differences = environment.changed(recorded, identity)
+            self._refuse(differences)
+            for key, old, new in differences:
+                self._core.event("override", self.step, {"name": key, "recorded": _text(old), "current": _text(new)})
+            session.restore(saved["state"])
+            slot.epoch, slot.ordinal = saved["epoch"], saved["ordinal"]
+        self._identity.update(identity)
+        self._slots[name] = slot
+        return name, slot
+
+    def _name_like(self, identity: Mapping[str, Any]) -> str:
+        """Return the saved, not yet taken name whose loader looked like this one, or the next free name."""
+        for name in self._saved_loaders:
+            prefix = f"loader/{name}."
+            recorded = {n[len(prefix) :]: v for n, v in self._recorded_identity.items() if n.startswith(prefix)}
+            if name not in self._slots and recorded == dict(identity):
+                return name
+        taken = self._slots.keys() | self._saved_loaders.keys()
+        # One saved loader, one in the program: a changed loader must be named as such, not taken for a new one.
+        left = [name for name in self._saved_loaders if name not in self._slots]
+        if len(left) == 1 and not self._slots:
+            return left[0]
+        number = 1
+        while (name := "loader" if number == 1 else f"loader{number}") in taken:
+            number += 1
+        return name
+
+    # Boundaries.
+
+    def _handed_out(self, session: Session, batch: Any) -> None:
+        """Note what goes into the step that begins now, before the user's code can change it."""
+        out: list[digests.Component] = []
+        if session.indices_digest is not None:
+            out.append(("data/indices", session.indices_digest))
+        out.append(("data/batch", digests.batch_digest(batch, level=self._level)))
+        self._out = out
+        self._place.position = session.position
+
+    def _step_done(self) -> None:
+        """The boundary after a step, inside the loop: record, save if due, stop if asked."""
+        self._record_step()
+        self._check_tracked()
+        self._crash_point(f"step:{self.step}")
+        reason = self._stop.reason
+        if reason is not None or self._due(_IN_EPOCH):
+            self._commit(_IN_EPOCH)
+            self._crash_point(f"saved:{self.step}")
+        if reason is not None:
+            self._exit_for(reason)
+
+    def _record_step(self) -> None:
+        out, self._out = self._out, None
+        assert out is not None, "a step ends only after its batch was handed out"
+        self._place.step += 1
+        self._steps_of_this_life += 1
+        self._record(_IN_EPOCH, out)
+        if self._steps_of_this_life == MODULE_WATCH_STEPS:
+            self._watch.stop_watching_modules()
+
+    def _settle(self) -> None:
+        """Close what an early `break` left open. Its step is recorded here, at the next thing that the run hears of."""
+        session, self._primary_session = self._primary_session, None
+        batches = self._primary() if self._primary is not None else None
+        self._primary = None
+        if session is None:
+            return
+        if self._out is not None:
+            self._record_step()
+            self._check_tracked()
+        if batches is not None:
+            batches.abandon()
+        else:
+            session.abandon()
+        self._set_inactive(session)
+
+    def _loop_ended(self, batches: Batches) -> None:
+        """The loop ran to its end."""
+        session = batches.session
+        if session is self._primary_session:
+            self._primary = self._primary_session = None
+        if session is not None:
+            self._set_inactive(session)
+
+    def _set_inactive(self, session: Session) -> None:
+        for slot in self._slots.values():
+            if slot.session is session:
+                slot.active = False
+
+    def _epoch_done(self, epoch: int) -> None:
+        """The boundary at which an epoch's after-work is done."""
+        if self._resume_place is not None:
+            raise UnbrokenError(
+                f"epoch {epoch} was resumed in mid-epoch at batch {self._resume_place.position}, "
+                "but the program opened no run.batches() in it",
+                hint="the loop over run.batches(...) must be reached in each epoch as it was before",
+            )
+        for slot in self._slots.values():
+            if slot.active and not slot.stream:
+                slot.session.abandon()
+                slot.active = False
+        self._place = _Place(step=self.step, epoch=epoch + 1, planned_steps=self._place.planned_steps)
+        self._record(_BETWEEN_EPOCHS, [])
+        self._check_tracked()
+        self._crash_point(f"epoch:{epoch}")
+        reason = self._stop.reason
+        if reason is not None or self._due(_BETWEEN_EPOCHS):
+            self._commit(_BETWEEN_EPOCHS)
+        if reason is not None:
+            self._exit_for(reason)
+
+    def _next_pass(self) -> None:
+        """Without epochs of the user's: the loader is exhausted and begins again."""
+        self._place.epoch += 1
+        self._place.position = 0
+        self._place.openings = self._place.openings[-1:]
+
+    def _complete(self) -> None:
+        self._place.finished = True
+        self._place.in_loop = False
+        self._commit(_FINISHED)
+        self._say(f"{self.path}: {self._complete_words()}")
+        self._stop.uninstall()
+
+    def _complete_words(self) -> str:
+        planned = self._place.planned_steps
+        return f"complete, {self.step} of {planned} steps" if planned else f"complete, {self.step} steps"
+
+    def _record(self, phase: int, first: list[digests.Component]) -> None:
+        components = [
+            *first,
+            *rng.digests(),
+            *digests.learning_rates(self._objects),
+            *self._log,
+            *digests.state_digests(self._objects, step=self.step, level=self._level),
+        ]
+        self._log = []
+        place = self._place
+        difference = self._core.record(self.step, phase, place.epoch, place.position, components)
+        if difference is not None:
+            self._diverged(difference)
+        if self.step <= self._core.recorded_until:
+            if self._replayed_from is None:
+                self._replayed_from = self.step
+            if self.step == self._core.recorded_until and phase == _IN_EPOCH:
+                self._say(f"steps {self._replayed_from}-{self.step} executed again: identical")
+
+    def _diverged(self, difference: _core.Difference) -> None:
+        error = DivergedFromJournal(
+            difference,
+            hint="the run is not exact from here; compare with `unbroken log` and `unbroken diff`, or go on with "
+            'Run(on_divergence="continue"), which marks the run',
+        )
+        self._core.event(
+            "diverged",
+            difference.step,
+            {"component": difference.component, "expected": difference.expected, "found": difference.found},
+        )
+        if self._on_divergence == "stop":
+            raise error
+        notices.warn(str(error))
+
+    def _check_tracked(self) -> None:
+        untracked = [text for text in self._watch.untracked() if not self._allowed(f"untracked:{text}")]
+        if untracked:
+            raise NotTracked(
+                " and ".join(untracked),
+                hint="add it to Run(...) or run.track(...), by any name; what only evaluates belongs in run.aside(); "
+                'allow=["untracked:*"] goes on without',
+            )
+
+    def _due(self, phase: int) -> bool:
+        return self._pin_next or self.policy.due(
+            step=self.step, phase=phase, seconds_since_last=time.monotonic() - self._last_commit
+        )
+
+    def _commit(self, phase: int) -> None:
+        """Save this boundary. On return it survives a power cut; then, and only then, older ones may go."""
+        captured = snapshot.capture(self._objects, values={"state": dict(self.state)})
+        tree = {
+            "run": self._place.lowered(),
+            "objects": captured.tree,
+            "state": captured.values["state"],
+            "generators": rng.capture(),
+            "loaders": {**self._unopened_loaders(), **self._loader_states()},
+        }
+        self._core.commit(
+            step=self.step,
+            phase=phase,
+            tree=tree,
+            storages=captured.regions(),
+            identity={**self._unopened_identity(), **self._identity},
+            environment=self._versions,
+            metrics=self._metrics,
+            pinned=self._pin_next,
+        )
+        self._pin_next = False
+        self._last_commit = time.monotonic()
+        if self.keep.last is not None:
+            self._core.prune(last=self.keep.last, every=self.keep.every, best=self.keep.best)
+
+    def _loader_states(self) -> dict[str, Any]:
+        return {
+            name: {
+                "state": slot.session.state(),
+                "active": slot.active,
+                "epoch": slot.epoch,
+                "ordinal": slot.ordinal,
+            }
+            for name, slot in self._slots.items()
+        }
+
+    def _unopened_loaders(self) -> dict[str, Any]:
+        # A loader that this life has not come to yet keeps the state that an earlier life left it in.
+        return {name: saved for name, saved in self._saved_loaders.items() if name not in self._slots}
+
+    def _unopened_identity(self) -> dict[str, Any]:
+        prefixes = tuple(f"loader/{name}." for name in self._unopened_loaders())
+        return {n: v for n, v in self._recorded_identity.items() if prefixes and n.startswith(prefixes)}
+
+    # Ends.
+
+    def _exit_for(self, reason: str) -> None:
+        self._core.event("stopped", self.step, {"reason": reason})
+        self._say(
+            f"stopped by {reason} at step {self.step}, which is saved; start the same command to go on "
+            f"(exit code {self.requeue_code})"
+        )
+        self.close()
+        raise SystemExit(self.requeue_code)
+
+    def _crash_point(self, name: str) -> None:
+        # For proofs: the process kills itself at a named boundary, as hard as anything else could.
+        if name == self._crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _say_incomplete(self, *, failed: bool) -> None:
+        if self._started and not self._closed and not self.finished:
+            how = "failed" if failed else "ended"
+            self._say(f"{self.path} {how} before its planned end, at step {self.step}; start the same command to go on")
+
+    def _at_exit(self) -> None:
+        self._say_incomplete(failed=False)
+        self.close()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a checkpoint's content as a plain dict of tensors and values, for other programs.
+
+    Args:
+        path: A run directory (its newest whole checkpoint), or one checkpoint's manifest.
+
+    Returns:
+        {"objects": {...}, "state": {...}, "run": {...}, ...}; tensors on the CPU; values of types that this program
+        does not know as `unbroken.values.Record`.
+
+    Raises:
+        DamagedCheckpoint, NoWholeCheckpoint, FormatError, StorageError.
+    """
+    from .torch import export
+
+    return export.load(path)
+
+
+__all__ = ["Keep", "Policy", "Run", "State", "load"]
