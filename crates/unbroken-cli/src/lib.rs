@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::io::Write;
 
 /// Runs the program on its arguments (the program's name first) and returns its exit code.
-pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> u8 {
+pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> i32 {
     let _ = (arguments, out, err);
     2
 }

@@ -1,1 +1,70 @@
 //! The extension module `unbroken._core`: conversions, nothing clever.
+//!
+//! Touches: Python objects, and memory that Python lends it as (address, length in bytes). What each name promises is
+//! in `python/unbroken/_core.pyi`.
+
+mod error;
+mod leaf;
+mod memory;
+mod value;
+
+/// The border between Python and the Rust core.
+#[pyo3::pymodule(name = "_core")]
+mod module {
+    use std::ffi::OsString;
+    use std::io;
+
+    use pyo3::prelude::*;
+    use pyo3::types::{PyBytes, PyDict};
+    use unbroken::format;
+
+    use crate::error;
+    use crate::value::{from_python, to_python};
+
+    #[pymodule_export]
+    use crate::leaf::{Object, Tensor};
+    #[pymodule_export]
+    use crate::memory::{digest_bytes, digest_each, digest_memory, digest_window};
+
+    /// Return the canonical bytes of a value.
+    #[pyfunction]
+    fn encode<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let py = value.py();
+        let bytes = format::value::encode(&from_python(value)?).map_err(|flaw| error::invalid(py, flaw.to_string()))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// Return the value of canonical bytes.
+    #[pyfunction]
+    fn decode<'py>(data: &Bound<'py, PyBytes>) -> PyResult<Bound<'py, PyAny>> {
+        let py = data.py();
+        let value = format::value::decode(data.as_bytes()).map_err(|flaw| error::raise(py, &flaw.into()))?;
+        to_python(py, &value)
+    }
+
+    /// Return the BLAKE3 digest (32 bytes) of a value's canonical bytes.
+    #[pyfunction]
+    fn digest_value<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let py = value.py();
+        let digest =
+            format::value::digest_value(&from_python(value)?).map_err(|flaw| error::invalid(py, flaw.to_string()))?;
+        Ok(PyBytes::new(py, &digest.0))
+    }
+
+    /// Run the command-line program; return its exit code.
+    #[pyfunction]
+    fn main(py: Python<'_>, arguments: Vec<OsString>) -> i32 {
+        py.detach(|| unbroken_cli::run(&arguments, &mut io::stdout().lock(), &mut io::stderr()))
+    }
+
+    /// Return what this extension module was built from and for.
+    #[pyfunction]
+    fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+        let info = PyDict::new(py);
+        info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+        info.set_item("format", format::FORMAT_VERSION.to_string())?;
+        info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+        info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+        Ok(info)
+    }
+}
