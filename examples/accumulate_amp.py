@@ -1,8 +1,8 @@
 """Gradient accumulation with mixed precision: a kill between two micro-batches keeps the gradients so far.
 
-Four micro-batches make one update. Forward runs under bfloat16 autocast, and a GradScaler looks after the scale: its
-scale and growth counter are state, the partial gradients are state, and the run keeps both. A step of the run is one
-micro-batch; an update happens each fourth.
+Four micro-batches make one update. Forward runs under bfloat16 autocast, and a GradScaler looks after the
+scale: its scale and growth counter are state, the partial gradients are state, and the run keeps both. A
+step of the run is one micro-batch; an update happens each fourth.
 
     python examples/accumulate_amp.py runs/accumulate
 """
@@ -39,7 +39,8 @@ def main() -> None:
     run = unbroken.Run(
         directory, seed=SEED, model=net, optimizer=opt, scheduler=sched, scaler=scaler, checkpoint=25
     )
-    run.state["micro_batches"] = 0
+    run.state.setdefault("micro_batches", 0)
+    loss = torch.zeros(())
     for epoch in run.epochs(EPOCHS):
         for x, y in run.batches(loader):
             with torch.autocast("cpu", torch.bfloat16):

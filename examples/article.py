@@ -1,14 +1,14 @@
-"""Resuming by hand, as a widely read article of 2022 taught it: one file, at epoch ends, with seeds and generators.
+"""Resuming by hand, as a widely read article of 2022 taught it: one file, at epoch ends, with generators.
 
-Exact for this program, if it is killed between two epochs. What it leaves out: a kill inside an epoch costs the epoch, a
-kill inside `torch.save` costs the file, and schedules, scalers and generators of one's own have to be remembered by
-hand. `article_unbroken.py` is the same training with Unbroken.
+Exact for this program, if it is killed between two epochs. What it leaves out: a kill inside an epoch costs
+the epoch, a kill inside `torch.save` costs the file, and schedules, scalers and generators of one's own
+have to be remembered by hand. `article_unbroken.py` is the same training with Unbroken.
 
     python examples/article.py runs/article.pt
 """
 
-import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def build_net() -> nn.Module:
 
 
 def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else "runs/article.pt"
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/article.pt")
     images, labels = load_digits(return_X_y=True)
     data = torch.utils.data.TensorDataset(torch.from_numpy(images).float() / 16, torch.from_numpy(labels))
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True)
@@ -35,7 +35,7 @@ def main() -> None:
     net = build_net()
     opt = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     start = 0
-    if os.path.exists(path):
+    if path.exists():
         saved = torch.load(path, weights_only=False)
         start = saved["epoch"] + 1
         net.load_state_dict(saved["net"])
@@ -43,6 +43,7 @@ def main() -> None:
         np.random.set_state(saved["numpy"])
         torch.set_rng_state(saved["torch"])
 
+    loss = torch.zeros(())
     for epoch in range(start, EPOCHS):
         torch.manual_seed(1 + epoch)
         for x, y in loader:
@@ -52,7 +53,7 @@ def main() -> None:
             loss.backward()
             opt.step()
         print(f"epoch {epoch + 1:2d} of {EPOCHS}: last loss {loss.item():.4f}", flush=True)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         saved = {
             "epoch": epoch,
             "net": net.state_dict(),

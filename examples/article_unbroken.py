@@ -1,4 +1,4 @@
-"""The training of `article.py` with Unbroken: nothing to save, nothing to load, a kill anywhere loses nothing.
+"""The training of `article.py` with Unbroken: nothing to save or load, a kill anywhere loses nothing.
 
     python examples/article_unbroken.py runs/article
 """
@@ -33,6 +33,7 @@ def main() -> None:
     opt = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     run = unbroken.Run(path, seed=0, model=net, optimizer=opt, checkpoint=20)
 
+    loss = torch.zeros(())
     for epoch in run.epochs(EPOCHS):
         for x, y in run.batches(loader):
             x = x + torch.from_numpy(np.random.normal(0, 0.05, x.shape)).float()

@@ -1,7 +1,7 @@
-"""Handwritten digits with plain PyTorch: what a training looks like before Unbroken. Kill it and it starts from zero.
+"""Handwritten digits with plain PyTorch: a training before Unbroken. Kill it, and it starts from zero.
 
-A small convolutional net, augmentation with randomness in two worker processes, dropout, batch norm, AdamW and a
-OneCycle schedule. `digits.py` is the same program with Unbroken: compare them with `diff`.
+A small convolutional net, augmentation with randomness in two worker processes, dropout, batch norm, AdamW
+and a OneCycle schedule. `digits.py` is the same program with Unbroken: compare them with `diff`.
 
     python examples/digits_plain.py
 """
@@ -41,11 +41,20 @@ class Digits(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def build_net() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Dropout2d(0.1), nn.Flatten(),
-        nn.Linear(64 * 16, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout2d(0.1),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 128),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(128, 10),
+    )
 
 
 def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -58,7 +67,7 @@ def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
 
 def main() -> None:
     torch.manual_seed(SEED)
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     images = images.reshape(-1, 8, 8)
     train = Digits(images[TEST_IMAGES:], labels[TEST_IMAGES:])
     test_images = torch.from_numpy(images[:TEST_IMAGES].astype(np.float32) / 16)[:, None]
@@ -76,7 +85,10 @@ def main() -> None:
             loss.backward()
             opt.step()
             sched.step()
-        print(f"epoch {epoch + 1:2d} of {EPOCHS}: {accuracy(net, test_images, test_labels):.1%} right", flush=True)
+        print(
+            f"epoch {epoch + 1:2d} of {EPOCHS}: {accuracy(net, test_images, test_labels):.1%} right",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Two nets, two optimizers, one run: a small GAN that learns to draw the digits scikit-learn ships.
 
-Everything that takes part is named in one line. The noise comes from a generator of its own, and the pictures shown
-after each epoch come from the same noise every time: both are values that the run keeps.
+Everything that takes part is named once, also the generator that the noise comes from.
 
     python examples/gan.py runs/gan
 """
@@ -25,21 +24,33 @@ SHADES = " .:-=+*#%@"
 def show(images: torch.Tensor) -> str:
     """Return images (count, 64), values -1 to 1, side by side as text."""
     shade = ((images.clamp(-1, 1) + 1) / 2 * (len(SHADES) - 1)).round().long().view(-1, 8, 8)
-    return "\n".join("   ".join("".join(SHADES[s] * 2 for s in image[row].tolist()) for image in shade) for row in range(8))
+    rows = (["".join(SHADES[s] * 2 for s in image[row].tolist()) for image in shade] for row in range(8))
+    return "\n".join("   ".join(row) for row in rows)
 
 
 def main() -> None:
     torch.manual_seed(SEED)
     images, _ = load_digits(return_X_y=True)
-    data = torch.from_numpy(images).float() / 8 - 1
-    loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True)  # pyright: ignore[reportArgumentType]
+    data = torch.utils.data.TensorDataset(torch.as_tensor(images).float() / 8 - 1)
+    loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True)
 
     painter = nn.Sequential(
-        nn.Linear(NOISE, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(),
-        nn.Linear(128, 64), nn.Tanh(),
-    )  # fmt: skip
+        nn.Linear(NOISE, 128),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, 64),
+        nn.Tanh(),
+    )
     critic = nn.Sequential(
-        nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Dropout(0.2), nn.Linear(128, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1)
+        nn.Linear(64, 128),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.LeakyReLU(0.2),
+        nn.Linear(64, 1),
     )
     painter_opt = torch.optim.Adam(painter.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.999))
     critic_opt = torch.optim.Adam(critic.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.999))
@@ -59,7 +70,7 @@ def main() -> None:
     )
     judge = nn.functional.binary_cross_entropy_with_logits
     for epoch in run.epochs(EPOCHS):
-        for real in run.batches(loader):
+        for (real,) in run.batches(loader):
             fake = painter(torch.randn(len(real), NOISE, generator=noise))
             real_score, fake_score = critic(real), critic(fake.detach())
             critic_loss = judge(real_score, torch.full_like(real_score, 0.9))

@@ -1,7 +1,8 @@
 """A GPT from scratch on real text, with Unbroken: kill it at any instant, start the same command again.
 
-The text is the Python language reference as the interpreter itself carries it, so that nothing is downloaded. Blocks of
-text are drawn at random, with replacement, from the run's own generator: one more piece of state that has to survive.
+The text is the Python language reference as the interpreter itself carries it, so that nothing is
+downloaded. Blocks of text are drawn at random, with replacement, from the run's own generator: one more
+piece of state that has to survive.
 
     python examples/gpt.py runs/gpt [steps per epoch]
 """
@@ -98,7 +99,9 @@ def sample(net: Gpt, alphabet: list[str], length: int) -> str:
 def main() -> None:
     torch.manual_seed(SEED)
     blocks = Blocks("".join(topics.values()))
-    sampler = torch.utils.data.RandomSampler(blocks, replacement=True, num_samples=STEPS_PER_EPOCH * BATCH_SIZE)
+    sampler = torch.utils.data.RandomSampler(
+        blocks, replacement=True, num_samples=STEPS_PER_EPOCH * BATCH_SIZE
+    )
     loader = torch.utils.data.DataLoader(blocks, BATCH_SIZE, sampler=sampler)
 
     net = Gpt(len(blocks.alphabet))
