@@ -1,0 +1,231 @@
+//! A storage that breaks on request: the n-th operation fails, or nothing works from it on.
+//!
+//! Touches: the storage that it wraps. Operations are counted from 0, reads included, in the order of their calls.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+
+use super::{Claim, Input, Output, Storage};
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The disk is full: the operation fails, and nothing can be written until healed.
+    NoSpace,
+    /// The device fails once.
+    Device,
+    /// A signal arrives once.
+    Interrupted,
+    /// A write takes only half of the bytes, at least one; other operations succeed.
+    ShortWrite,
+    /// No more file descriptors, once.
+    TooManyFiles,
+    /// The process dies before the operation.
+    Crash,
+    /// The process dies in the operation: half of a write arrives, other operations are done.
+    CrashAfter,
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    operations: Vec<&'static str>,
+    fault: Option<(usize, Fault)>,
+    crashed: bool,
+}
+
+/// A storage that fails as planned.
+#[derive(Clone, Debug)]
+pub struct FaultyStorage {
+    inner: Arc<dyn Storage>,
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl FaultyStorage {
+    /// Wraps a storage; without a plan everything works.
+    pub fn new(inner: Arc<dyn Storage>) -> Self {
+        Self {
+            inner,
+            plan: Arc::default(),
+        }
+    }
+
+    /// Plans a fault at the `index`-th operation from now on, counting from 0.
+    pub fn fail_at(&self, index: usize, fault: Fault) {
+        *self.plan() = Plan {
+            fault: Some((index, fault)),
+            ..Plan::default()
+        };
+    }
+
+    /// Makes everything work again.
+    pub fn heal(&self) {
+        *self.plan() = Plan::default();
+    }
+
+    /// Returns the names of the operations since the last plan.
+    pub fn operations(&self) -> Vec<&'static str> {
+        self.plan().operations.clone()
+    }
+
+    fn plan(&self) -> std::sync::MutexGuard<'_, Plan> {
+        self.plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// What one operation has to do.
+enum Turn {
+    Work,
+    Half,
+    HalfThenDie,
+    WorkThenDie,
+}
+
+fn dead() -> io::Error {
+    io::Error::other("the process is dead")
+}
+
+/// Counts one operation and decides what becomes of it.
+fn turn(plan: &Mutex<Plan>, operation: &'static str) -> io::Result<Turn> {
+    let mut plan = plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if plan.crashed {
+        return Err(dead());
+    }
+    let index = plan.operations.len();
+    plan.operations.push(operation);
+    let writes = matches!(operation, "write" | "create" | "create directory" | "rename");
+    match plan.fault {
+        Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
+        Some((planned, fault)) if index == planned => match fault {
+            Fault::NoSpace => Ok(Turn::Work),
+            Fault::Device => Err(Errno::IO.into()),
+            Fault::Interrupted => Err(Errno::INTR.into()),
+            Fault::TooManyFiles => Err(Errno::MFILE.into()),
+            Fault::ShortWrite if operation == "write" => Ok(Turn::Half),
+            Fault::ShortWrite => Ok(Turn::Work),
+            Fault::Crash => {
+                plan.crashed = true;
+                Err(dead())
+            }
+            Fault::CrashAfter => {
+                plan.crashed = true;
+                Ok(if operation == "write" {
+                    Turn::HalfThenDie
+                } else {
+                    Turn::WorkThenDie
+                })
+            }
+        },
+        _ => Ok(Turn::Work),
+    }
+}
+
+/// Does an operation that cannot be done by halves.
+fn whole<T>(
+    plan: &Mutex<Plan>,
+    operation: &'static str,
+    work: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    match turn(plan, operation)? {
+        Turn::Work | Turn::Half => work(),
+        Turn::HalfThenDie | Turn::WorkThenDie => {
+            work()?;
+            Err(dead())
+        }
+    }
+}
+
+impl Storage for FaultyStorage {
+    fn location(&self) -> &Path {
+        self.inner.location()
+    }
+
+    fn create_dir(&self, name: &str) -> io::Result<()> {
+        whole(&self.plan, "create directory", || self.inner.create_dir(name))
+    }
+
+    fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>> {
+        let output = whole(&self.plan, "create", || self.inner.create_new(name))?;
+        Ok(Box::new(FaultyOutput {
+            output,
+            plan: Arc::clone(&self.plan),
+        }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
+        let input = whole(&self.plan, "open", || self.inner.open(name))?;
+        Ok(Box::new(FaultyInput {
+            input,
+            plan: Arc::clone(&self.plan),
+        }))
+    }
+
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        whole(&self.plan, "rename", || self.inner.rename_new(from, to))
+    }
+
+    fn sync_dir(&self, name: &str) -> io::Result<()> {
+        whole(&self.plan, "sync directory", || self.inner.sync_dir(name))
+    }
+
+    fn list(&self, name: &str) -> io::Result<Vec<String>> {
+        whole(&self.plan, "list", || self.inner.list(name))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        whole(&self.plan, "remove", || self.inner.remove(name))
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        match self.plan().fault {
+            Some((_, Fault::NoSpace)) => Ok(4096),
+            _ => self.inner.free_bytes(),
+        }
+    }
+
+    fn lock(&self, name: &str) -> io::Result<Claim> {
+        whole(&self.plan, "lock", || self.inner.lock(name))
+    }
+}
+
+#[derive(Debug)]
+struct FaultyOutput {
+    output: Box<dyn Output>,
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl Output for FaultyOutput {
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let half = &bytes[..bytes.len().div_ceil(2)];
+        match turn(&self.plan, "write")? {
+            Turn::Work | Turn::WorkThenDie => self.output.write(bytes),
+            Turn::Half => self.output.write(half),
+            Turn::HalfThenDie => {
+                self.output.write(half)?;
+                Err(dead())
+            }
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        whole(&self.plan, "sync", || self.output.sync())
+    }
+}
+
+#[derive(Debug)]
+struct FaultyInput {
+    input: Box<dyn Input>,
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl Input for FaultyInput {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        whole(&self.plan, "read", || self.input.read_at(offset, into))
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        whole(&self.plan, "measure", || self.input.len())
+    }
+}
