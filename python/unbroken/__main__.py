@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Arguments without the program's name; by default those of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return _core.main(["unbroken", *given])
+    return _core.main(given)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,12 @@ class Run:
     def begin(self) -> None:
         """Start this life's journal segment at `resumed_from`. Nothing is written to the journal before."""
     def record(
-        self, step: int, phase: int, epoch: int, position: int, components: Sequence[tuple[str, bytes | int | float | str]]
+        self,
+        step: int,
+        phase: int,
+        epoch: int,
+        position: int,
+        components: Sequence[tuple[str, bytes | int | float | str]],
     ) -> Difference | None:
         """Append one boundary's record; compare it with what earlier lives recorded for the same boundary.
 
@@ -248,6 +253,6 @@ def read_journal(path: Path) -> list[dict[str, Value]]:
     """Return the joined journal of a run directory, one dict a boundary (step, phase, epoch, position, components)."""
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command-line program; return its exit code."""
+    """Run the command-line program on arguments (without its own name); return its exit code."""
 
 def build_info() -> dict[str, str]: ...

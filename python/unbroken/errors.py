@@ -51,36 +51,63 @@ class DamagedCheckpoint(UnbrokenError):
     found: str
 
 
+class FormatError(UnbrokenError):
+    """Bytes that do not follow docs/format.md, or follow a version of it that this release does not know.
+
+    ``path`` is the file that holds them, or None for bytes in memory.
+    """
+
+    path: Path | None
+    what: str
+
+
 class RunLocked(UnbrokenError):
-    """Another process holds the run."""
+    """Another process holds the run; ``holder`` is its process id, where that could be found out."""
 
     path: Path
     holder: int | None
 
 
-class FormatError(UnbrokenError):
-    """Bytes that do not follow docs/format.md, or follow a version of it that this release does not know."""
-
-
 class StorageError(UnbrokenError):
-    """The operating system refused."""
+    """The operating system refused; ``errno`` is its number for why."""
 
-    path: Path
     doing: str
+    path: Path
+    needed_bytes: int | None
+    free_bytes: int | None
+    errno: int | None
 
 
 class IdentityError(UnbrokenError):
-    """The run directory belongs to another run than the one asked for."""
+    """The run directory holds another run than the one asked for.
+
+    ``differences`` has (name, recorded value, given value) of each.
+    """
+
+    path: Path
+    differences: list[tuple[str, str, str]]
 
 
 class NoWholeCheckpoint(UnbrokenError):
-    """There are checkpoints, and none of them is whole; a fresh start in their place would hide that."""
+    """There are checkpoints, and none of them is whole; a fresh start in their place would hide that.
+
+    ``rejected`` has (checkpoint name, why) of each, newest first.
+    """
 
     path: Path
+    rejected: list[tuple[str, str]]
+
+
+class UnsupportedError(UnbrokenError):
+    """Something that this platform, file system or release does not offer."""
+
+    what: str
 
 
 class InvalidArgument(UnbrokenError, ValueError):
     """A call that cannot mean anything."""
+
+    what: str
 
 
 # Raised by Python alone.

@@ -33,7 +33,13 @@ pub(crate) fn unsupported_state(py: Python<'_>, path: &str, type_name: &str, why
 
 /// `FormatError` for bytes in memory.
 pub(crate) fn format_error(py: Python<'_>, what: &str) -> PyErr {
-    raise(py, &Error::Format { path: None, what: what.to_owned() })
+    raise(
+        py,
+        &Error::Format {
+            path: None,
+            what: what.to_owned(),
+        },
+    )
 }
 
 /// `InvalidArgument`.
@@ -62,7 +68,10 @@ fn field_to_python(py: Python<'_>, value: FieldValue) -> PyResult<Bound<'_, PyAn
         FieldValue::Path(path) => path.into_pyobject(py)?,
         FieldValue::Number(number) => number.into_pyobject(py)?,
         FieldValue::Rows(rows) => {
-            let rows: Vec<_> = rows.into_iter().map(|row| PyTuple::new(py, row)).collect::<PyResult<_>>()?;
+            let rows: Vec<_> = rows
+                .into_iter()
+                .map(|row| PyTuple::new(py, row))
+                .collect::<PyResult<_>>()?;
             rows.into_pyobject(py)?
         }
     })

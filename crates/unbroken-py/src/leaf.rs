@@ -12,18 +12,22 @@ use unbroken::state;
 
 use crate::value::{fields_from_python, fields_to_python};
 
-/// Levels of nesting of a value: 0 for a leaf, one more than its deepest part for anything that has parts.
+/// Levels of nesting of a value: 1 without parts, one more than the deepest part with parts.
 fn depth_of(value: &Value) -> usize {
     match value {
         Value::List(items) | Value::Tuple(items) | Value::Set(items) | Value::FrozenSet(items) => {
             1 + items.iter().map(depth_of).max().unwrap_or(0)
         }
         Value::Dict(entries) => {
-            1 + entries.iter().map(|(key, value)| depth_of(key).max(depth_of(value))).max().unwrap_or(0)
+            1 + entries
+                .iter()
+                .map(|(key, value)| depth_of(key).max(depth_of(value)))
+                .max()
+                .unwrap_or(0)
         }
         Value::Object { fields, .. } => 1 + depth_of_fields(fields),
         Value::Tensor(leaf) => 1 + depth_of_fields(&leaf.attrs),
-        _ => 0,
+        _ => 1,
     }
 }
 
@@ -77,7 +81,15 @@ impl Tensor {
         let mut attrs = attrs.map(fields_from_python).transpose()?.unwrap_or_default();
         attrs.sort_by(|left, right| left.0.cmp(&right.0));
         let device = device.to_owned();
-        Ok(Tensor::of(state::Tensor { dtype, shape, strides, offset, storage, device, attrs }))
+        Ok(Tensor::of(state::Tensor {
+            dtype,
+            shape,
+            strides,
+            offset,
+            storage,
+            device,
+            attrs,
+        }))
     }
 
     #[getter]

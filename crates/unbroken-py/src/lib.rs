@@ -4,6 +4,7 @@
 //! in `python/unbroken/_core.pyi`.
 
 mod error;
+mod key;
 mod leaf;
 mod memory;
 mod value;
@@ -22,6 +23,8 @@ mod module {
     use crate::value::{from_python, to_python};
 
     #[pymodule_export]
+    use crate::key::{Order, derive_key};
+    #[pymodule_export]
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
     use crate::memory::{digest_bytes, digest_each, digest_memory, digest_window};
@@ -30,7 +33,8 @@ mod module {
     #[pyfunction]
     fn encode<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let py = value.py();
-        let bytes = format::value::encode(&from_python(value)?).map_err(|flaw| error::invalid(py, flaw.to_string()))?;
+        let bytes = format::value::encode(&from_python(value)?)
+            .map_err(|flaw| error::invalid(py, flaw.to_string()))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
@@ -46,14 +50,15 @@ mod module {
     #[pyfunction]
     fn digest_value<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let py = value.py();
-        let digest =
-            format::value::digest_value(&from_python(value)?).map_err(|flaw| error::invalid(py, flaw.to_string()))?;
+        let digest = format::value::digest_value(&from_python(value)?)
+            .map_err(|flaw| error::invalid(py, flaw.to_string()))?;
         Ok(PyBytes::new(py, &digest.0))
     }
 
-    /// Run the command-line program; return its exit code.
+    /// Run the command-line program on arguments (without its own name); return its exit code.
     #[pyfunction]
-    fn main(py: Python<'_>, arguments: Vec<OsString>) -> i32 {
+    fn main(py: Python<'_>, mut arguments: Vec<OsString>) -> i32 {
+        arguments.insert(0, "unbroken".into());
         py.detach(|| unbroken_cli::run(&arguments, &mut io::stdout().lock(), &mut io::stderr()))
     }
 
@@ -63,8 +68,18 @@ mod module {
         let info = PyDict::new(py);
         info.set_item("version", env!("CARGO_PKG_VERSION"))?;
         info.set_item("format", format::FORMAT_VERSION.to_string())?;
-        info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
-        info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+        info.set_item(
+            "profile",
+            if cfg!(debug_assertions) {
+                "debug"
+            } else {
+                "release"
+            },
+        )?;
+        info.set_item(
+            "target",
+            format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        )?;
         Ok(info)
     }
 }

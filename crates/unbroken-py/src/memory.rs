@@ -17,7 +17,10 @@ const DETACH_ABOVE_BYTES: usize = 32 * 1024;
 /// Reads (address, length in bytes) pairs, and refuses what cannot be memory.
 pub(crate) fn regions_from_python(regions: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, usize)>> {
     let pairs: Vec<(usize, usize)> = match regions.cast_exact::<PyList>() {
-        Ok(list) => list.iter().map(|region| region.extract()).collect::<PyResult<_>>()?,
+        Ok(list) => list
+            .iter()
+            .map(|region| region.extract())
+            .collect::<PyResult<_>>()?,
         Err(_) => regions.extract()?,
     };
     for &(address, length) in &pairs {
@@ -32,7 +35,10 @@ pub(crate) fn check_region(py: Python<'_>, address: usize, length: usize) -> PyR
     if length == 0 || (address != 0 && fits) {
         return Ok(());
     }
-    Err(error::invalid(py, format!("{length} bytes at address {address:#x} cannot be a memory region")))
+    Err(error::invalid(
+        py,
+        format!("{length} bytes at address {address:#x} cannot be a memory region"),
+    ))
 }
 
 /// Looks at memory that Python owns.
@@ -62,15 +68,21 @@ pub(crate) unsafe fn write_to<'a>(address: usize, length: usize) -> &'a mut [u8]
 }
 
 /// Calls `work` on the regions as slices, without the GIL if they are large.
-fn over_regions<T: Send>(
-    regions: &Bound<'_, PyAny>,
-    work: impl FnOnce(&[&[u8]]) -> T + Send,
-) -> PyResult<T> {
+fn over_regions<T: Send>(regions: &Bound<'_, PyAny>, work: impl FnOnce(&[&[u8]]) -> T + Send) -> PyResult<T> {
     let pairs = regions_from_python(regions)?;
     // SAFETY: the caller of the Python function keeps the memory alive and unchanged (`_core.pyi`).
-    let slices: Vec<&[u8]> = pairs.iter().map(|&(address, length)| unsafe { look_at(address, length) }).collect();
-    let total = pairs.iter().fold(0usize, |sum, &(_, length)| sum.saturating_add(length));
-    if total > DETACH_ABOVE_BYTES { Ok(regions.py().detach(|| work(&slices))) } else { Ok(work(&slices)) }
+    let slices: Vec<&[u8]> = pairs
+        .iter()
+        .map(|&(address, length)| unsafe { look_at(address, length) })
+        .collect();
+    let total = pairs
+        .iter()
+        .fold(0usize, |sum, &(_, length)| sum.saturating_add(length));
+    if total > DETACH_ABOVE_BYTES {
+        Ok(regions.py().detach(|| work(&slices)))
+    } else {
+        Ok(work(&slices))
+    }
 }
 
 /// Return one xxh3-128 digest (16 bytes) over memory regions (address, length in bytes), GIL released.
@@ -104,8 +116,11 @@ pub(crate) fn digest_window<'py>(
 #[pyo3(signature = (*parts))]
 pub(crate) fn digest_bytes<'py>(parts: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyBytes>> {
     let py = parts.py();
-    let parts: Vec<Bound<'py, PyBytes>> =
-        parts.iter().map(|part| part.cast_into()).collect::<Result<_, _>>().map_err(PyErr::from)?;
+    let parts: Vec<Bound<'py, PyBytes>> = parts
+        .iter()
+        .map(|part| part.cast_into())
+        .collect::<Result<_, _>>()
+        .map_err(PyErr::from)?;
     let slices: Vec<&[u8]> = parts.iter().map(|part| part.as_bytes()).collect();
     Ok(PyBytes::new(py, &Fingerprint::of_regions(&slices).0))
 }

@@ -5,8 +5,8 @@
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{
-    PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyFrozenSet, PyInt, PyList, PyMapping, PySet, PyString, PyTuple,
-    PyType,
+    PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyFrozenSet, PyInt, PyList, PyMapping, PySet, PyString,
+    PyTuple, PyType,
 };
 use unbroken::Value;
 use unbroken::format::value::{MAX_DEPTH, encode};
@@ -38,7 +38,10 @@ enum Reason {
 
 impl Refused {
     fn new(reason: Reason) -> Self {
-        Refused { parts: Vec::new(), reason }
+        Refused {
+            parts: Vec::new(),
+            reason,
+        }
     }
 
     fn within(mut self, part: impl FnOnce() -> String) -> Self {
@@ -51,16 +54,22 @@ impl Refused {
         let path = if parts.is_empty() {
             ".".to_owned()
         } else if parts.len() > 2 * PATH_PARTS_SHOWN {
-            let (head, tail) = (&parts[..PATH_PARTS_SHOWN], &parts[parts.len() - PATH_PARTS_SHOWN..]);
+            let (head, tail) = (
+                &parts[..PATH_PARTS_SHOWN],
+                &parts[parts.len() - PATH_PARTS_SHOWN..],
+            );
             format!("{}/.../{}", head.join("/"), tail.join("/"))
         } else {
             parts.join("/")
         };
         match self.reason {
             Reason::Type(name) => error::unsupported_state(py, &path, &name, None),
-            Reason::LoneSurrogate => {
-                error::unsupported_state(py, &path, "str", Some("it holds a lone surrogate, which UTF-8 cannot carry"))
-            }
+            Reason::LoneSurrogate => error::unsupported_state(
+                py,
+                &path,
+                "str",
+                Some("it holds a lone surrogate, which UTF-8 cannot carry"),
+            ),
             Reason::EqualMembers => {
                 let why = "two of its members are equal bit for bit (NaN), which a file cannot tell apart";
                 error::unsupported_state(py, &path, "set", Some(why))
@@ -94,13 +103,23 @@ pub(crate) fn fields_from_python(fields: &Bound<'_, PyAny>) -> PyResult<Vec<(Str
     let py = fields.py();
     let pairs = match fields.cast_exact::<PyDict>() {
         Ok(dict) => dict.iter().collect(),
-        Err(_) => fields.cast::<PyMapping>()?.items()?.extract::<Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>>()?,
+        Err(_) => fields
+            .cast::<PyMapping>()?
+            .items()?
+            .extract::<Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>>()?,
     };
     let mut out = Vec::with_capacity(pairs.len());
     for (key, value) in pairs {
         let name = match lower(&key, 0).map_err(|refused| refused.into_error(py))? {
             Value::Str(name) => name,
-            _ => return Err(error::unsupported_state(py, &part_of(&key), &type_name(&key), Some("a name must be text"))),
+            _ => {
+                return Err(error::unsupported_state(
+                    py,
+                    &part_of(&key),
+                    &type_name(&key),
+                    Some("a name must be text"),
+                ));
+            }
         };
         let value = lower(&value, 1).map_err(|refused| refused.within(|| name.clone()).into_error(py))?;
         out.push((name, value));
@@ -108,7 +127,9 @@ pub(crate) fn fields_from_python(fields: &Bound<'_, PyAny>) -> PyResult<Vec<(Str
     Ok(out)
 }
 
-fn lower(value: &Bound<'_, PyAny>, depth: usize) -> Result<Value, Refused> {
+/// Lowers a value that stands inside `outer` others. As in the core, a value without parts has depth 1.
+fn lower(value: &Bound<'_, PyAny>, outer: usize) -> Result<Value, Refused> {
+    within_depth(value, outer + 1)?;
     if let Ok(text) = value.cast_exact::<PyString>() {
         return lower_str(text);
     }
@@ -120,7 +141,7 @@ fn lower(value: &Bound<'_, PyAny>, depth: usize) -> Result<Value, Refused> {
     }
     if let Ok(tensor) = value.cast_exact::<Tensor>() {
         let tensor = tensor.get();
-        return within_depth(value, depth + tensor.depth).map(|()| Value::Tensor(tensor.leaf.clone()));
+        return within_depth(value, outer + tensor.depth).map(|()| Value::Tensor(tensor.leaf.clone()));
     }
     if value.is_none() {
         return Ok(Value::None);
@@ -136,29 +157,32 @@ fn lower(value: &Bound<'_, PyAny>, depth: usize) -> Result<Value, Refused> {
     }
     if let Ok(object) = value.cast_exact::<Object>() {
         let object = object.get();
-        return within_depth(value, depth + object.depth).map(|()| object.value.clone());
+        return within_depth(value, outer + object.depth).map(|()| object.value.clone());
     }
-    within_depth(value, depth + 1)?;
     if let Ok(dict) = value.cast_exact::<PyDict>() {
-        return lower_dict(dict, depth + 1);
+        return lower_dict(dict, outer + 1);
     }
     if let Ok(list) = value.cast_exact::<PyList>() {
-        return lower_items(list.iter(), depth + 1).map(Value::List);
+        return lower_items(list.iter(), outer + 1).map(Value::List);
     }
     if let Ok(tuple) = value.cast_exact::<PyTuple>() {
-        return lower_items(tuple.iter(), depth + 1).map(Value::Tuple);
+        return lower_items(tuple.iter(), outer + 1).map(Value::Tuple);
     }
     if let Ok(set) = value.cast_exact::<PySet>() {
-        return lower_members(set.iter(), depth + 1).map(Value::Set);
+        return lower_members(set.iter(), outer + 1).map(Value::Set);
     }
     if let Ok(set) = value.cast_exact::<PyFrozenSet>() {
-        return lower_members(set.iter(), depth + 1).map(Value::FrozenSet);
+        return lower_members(set.iter(), outer + 1).map(Value::FrozenSet);
     }
     Err(Refused::new(Reason::Type(type_name(value))))
 }
 
 fn within_depth(value: &Bound<'_, PyAny>, depth: usize) -> Result<(), Refused> {
-    if depth > MAX_DEPTH { Err(Refused::new(Reason::Depth(type_name(value)))) } else { Ok(()) }
+    if depth > MAX_DEPTH {
+        Err(Refused::new(Reason::Depth(type_name(value))))
+    } else {
+        Ok(())
+    }
 }
 
 fn lower_str(text: &Bound<'_, PyString>) -> Result<Value, Refused> {
@@ -178,28 +202,31 @@ fn lower_int(int: &Bound<'_, PyInt>) -> Result<Value, Refused> {
     let bits: usize = magnitude.call_method0("bit_length")?.extract()?;
     let bytes = magnitude.call_method1("to_bytes", (bits.div_ceil(8), pyo3::intern!(py, "big")))?;
     let bytes = bytes.cast_into::<PyBytes>().map_err(PyErr::from)?;
-    Ok(Value::BigInt { negative, magnitude: bytes.as_bytes().to_vec() })
+    Ok(Value::BigInt {
+        negative,
+        magnitude: bytes.as_bytes().to_vec(),
+    })
 }
 
 fn lower_items<'py>(
     items: impl ExactSizeIterator<Item = Bound<'py, PyAny>>,
-    depth: usize,
+    outer: usize,
 ) -> Result<Vec<Value>, Refused> {
     let mut out = Vec::with_capacity(items.len());
     for (index, item) in items.enumerate() {
-        out.push(lower(&item, depth).map_err(|refused| refused.within(|| index.to_string()))?);
+        out.push(lower(&item, outer).map_err(|refused| refused.within(|| index.to_string()))?);
     }
     Ok(out)
 }
 
 fn lower_members<'py>(
     members: impl ExactSizeIterator<Item = Bound<'py, PyAny>>,
-    depth: usize,
+    outer: usize,
 ) -> Result<Vec<Value>, Refused> {
     let mut keyed = Vec::with_capacity(members.len());
     for member in members {
-        let lowered = lower(&member, depth).map_err(|refused| refused.within(|| part_of(&member)))?;
-        // A member is hashable, so nothing in it can fail to encode but its depth, which the whole tree is told.
+        let lowered = lower(&member, outer).map_err(|refused| refused.within(|| part_of(&member)))?;
+        // A member is hashable, so nothing in it can fail to encode but its outer, which the whole tree is told.
         let key = encode(&lowered).map_err(|_| Refused::new(Reason::Depth(type_name(&member))))?;
         keyed.push((key, lowered));
     }
@@ -210,10 +237,10 @@ fn lower_members<'py>(
     Ok(keyed.into_iter().map(|(_, member)| member).collect())
 }
 
-fn lower_dict(dict: &Bound<'_, PyDict>, depth: usize) -> Result<Value, Refused> {
+fn lower_dict(dict: &Bound<'_, PyDict>, outer: usize) -> Result<Value, Refused> {
     let mut out = Vec::with_capacity(dict.len());
     for (key, value) in dict.iter() {
-        let entry = lower(&key, depth).and_then(|lowered| Ok((lowered, lower(&value, depth)?)));
+        let entry = lower(&key, outer).and_then(|lowered| Ok((lowered, lower(&value, outer)?)));
         out.push(entry.map_err(|refused| refused.within(|| part_of(&key)))?);
     }
     Ok(Value::Dict(out))
@@ -223,14 +250,18 @@ fn lower_dict(dict: &Bound<'_, PyDict>, depth: usize) -> Result<Value, Refused> 
 fn part_of(key: &Bound<'_, PyAny>) -> String {
     match key.cast_exact::<PyString>() {
         Ok(text) => text.to_string_lossy().into_owned(),
-        Err(_) => key.repr().map_or_else(|_| type_name(key), |repr| repr.to_string_lossy().into_owned()),
+        Err(_) => key
+            .repr()
+            .map_or_else(|_| type_name(key), |repr| repr.to_string_lossy().into_owned()),
     }
 }
 
 /// A value's type as `module.qualified.name`, builtins without their module.
 fn type_name(value: &Bound<'_, PyAny>) -> String {
     let kind: Bound<'_, PyType> = value.get_type();
-    let name = kind.qualname().map_or_else(|_| "?".to_owned(), |name| name.to_string());
+    let name = kind
+        .qualname()
+        .map_or_else(|_| "?".to_owned(), |name| name.to_string());
     match kind.module() {
         Ok(module) if module.to_string() != "builtins" => format!("{module}.{name}"),
         _ => name,
@@ -250,7 +281,9 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
         Value::Int(int) => int.into_bound_py_any(py)?,
         Value::BigInt { negative, magnitude } => {
             let bytes = PyBytes::new(py, magnitude);
-            let number = py.get_type::<PyInt>().call_method1("from_bytes", (bytes, pyo3::intern!(py, "big")))?;
+            let number = py
+                .get_type::<PyInt>()
+                .call_method1("from_bytes", (bytes, pyo3::intern!(py, "big")))?;
             if *negative { number.neg()? } else { number }
         }
         Value::Float(bits) => PyFloat::new(py, f64::from_bits(*bits)).into_any(),
@@ -265,7 +298,8 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
             let dict = PyDict::new(py);
             for (key, value) in entries {
                 let value = to_python(py, value)?;
-                dict.set_item(to_python(py, key)?, value).map_err(|error| unhashable(py, error))?;
+                dict.set_item(to_python(py, key)?, value)
+                    .map_err(|error| unhashable(py, error))?;
             }
             told_apart(py, dict.len(), entries.len())?;
             dict.into_any()
@@ -276,7 +310,8 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
             set.into_any()
         }
         Value::FrozenSet(members) => {
-            let set = PyFrozenSet::new(py, raise_items(py, members)?).map_err(|error| unhashable(py, error))?;
+            let set =
+                PyFrozenSet::new(py, raise_items(py, members)?).map_err(|error| unhashable(py, error))?;
             told_apart(py, set.len(), members.len())?;
             set.into_any()
         }
@@ -286,7 +321,10 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
 }
 
 /// Converts named values to a dict, in their order.
-pub(crate) fn fields_to_python<'py>(py: Python<'py>, fields: &[(String, Value)]) -> PyResult<Bound<'py, PyDict>> {
+pub(crate) fn fields_to_python<'py>(
+    py: Python<'py>,
+    fields: &[(String, Value)],
+) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     for (name, value) in fields {
         dict.set_item(name, to_python(py, value)?)?;
@@ -302,9 +340,15 @@ fn told_apart(py: Python<'_>, found: usize, expected: usize) -> PyResult<()> {
     if found == expected {
         return Ok(());
     }
-    Err(error::format_error(py, "keys or members that are distinct in the file are equal in Python"))
+    Err(error::format_error(
+        py,
+        "keys or members that are distinct in the file are equal in Python",
+    ))
 }
 
 fn unhashable(py: Python<'_>, error: PyErr) -> PyErr {
-    error::format_error(py, &format!("a key or member that Python cannot hash ({})", error.value(py)))
+    error::format_error(
+        py,
+        &format!("a key or member that Python cannot hash ({})", error.value(py)),
+    )
 }

@@ -1,0 +1,71 @@
+# The few commands everyone runs. Each does its own set-up in .venv and target/; nothing is installed elsewhere.
+#
+#   make demo    train, kill five times, resume, compare
+#   make test    every test, Rust and Python
+#   make lint    formatting, clippy, ruff, types
+#   make bench   what it costs
+#
+# Needs Rust, Python 3.11 or newer, make and a C compiler.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+venv := .venv
+bin := $(venv)/bin
+installed := $(venv)/.installed
+built := $(venv)/.built
+requirements := $(wildcard requirements/*.txt)
+rust := Cargo.toml Cargo.lock pyproject.toml $(shell find crates -name '*.rs' -o -name Cargo.toml)
+
+# Cargo and pip find the virtual environment's Python whatever shell make was called from.
+export VIRTUAL_ENV := $(CURDIR)/$(venv)
+export PYO3_PYTHON := $(CURDIR)/$(bin)/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_REQUIRE_VIRTUALENV := 1
+
+.PHONY: setup demo test test-rust test-python lint format bench clean
+
+setup: $(built)
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11: make PYTHON=...")'
+	$(PYTHON) -m venv $(venv)
+
+# The stamp holds the pins it was made from: a new environment, or other pins, install again; nothing else does.
+$(installed): $(requirements) | $(bin)/python
+	@if cat $(requirements) | cmp -s - $@; then touch $@; else \
+	    $(bin)/python -m pip install $(addprefix -r ,$(requirements)) && cat $(requirements) > $@; fi
+
+$(built): $(rust) $(installed)
+	$(bin)/maturin develop --release
+	@touch $@
+
+demo: setup
+	$(bin)/python examples/demo.py
+
+test: test-rust test-python
+
+# The extension module has no tests of its own in Rust: they would have to link against libpython.
+test-rust: $(bin)/python
+	cargo test --workspace --exclude unbroken-py
+
+test-python: setup
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/basedpyright
+
+format: $(installed)
+	cargo fmt --all
+	$(bin)/ruff format
+	$(bin)/ruff check --fix-only
+
+bench: setup
+	$(bin)/python bench
+
+clean:
+	rm -rf target $(venv) python/unbroken/_core.*.so
