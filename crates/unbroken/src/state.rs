@@ -52,6 +52,35 @@ pub enum Value {
     Tensor(Tensor),
 }
 
+impl Value {
+    /// The integer with this sign and absolute value (most significant byte first), in its canonical form.
+    pub fn integer(negative: bool, magnitude: &[u8]) -> Value {
+        let leading = magnitude.iter().take_while(|byte| **byte == 0).count();
+        let digits = &magnitude[leading..];
+        if digits.len() <= 8 {
+            let absolute = digits
+                .iter()
+                .fold(0i128, |value, byte| value << 8 | i128::from(*byte));
+            if let Ok(small) = i64::try_from(if negative { -absolute } else { absolute }) {
+                return Value::Int(small);
+            }
+        }
+        Value::BigInt {
+            negative,
+            magnitude: digits.to_vec(),
+        }
+    }
+
+    /// The value under a text key, where this is a mapping that has it.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        let Value::Dict(items) = self else { return None };
+        items
+            .iter()
+            .find(|(name, _)| matches!(name, Value::Str(name) if name == key))
+            .map(|(_, value)| value)
+    }
+}
+
 /// A leaf that views the bytes of one storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
@@ -80,5 +109,26 @@ pub struct LeafPath(pub String);
 impl fmt::Display for LeafPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_take_the_smallest_form_that_holds_them() {
+        assert_eq!(Value::integer(true, &[]), Value::Int(0));
+        assert_eq!(Value::integer(true, &[0, 0, 5]), Value::Int(-5));
+        assert_eq!(
+            Value::integer(true, &(1u64 << 63).to_be_bytes()),
+            Value::Int(i64::MIN)
+        );
+        let beyond = Value::BigInt {
+            negative: false,
+            magnitude: (1u64 << 63).to_be_bytes().to_vec(),
+        };
+        assert_eq!(Value::integer(false, &(1u64 << 63).to_be_bytes()), beyond);
+        assert_eq!(Value::integer(false, &[0, 128, 0, 0, 0, 0, 0, 0, 0]), beyond);
     }
 }

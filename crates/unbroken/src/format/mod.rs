@@ -7,6 +7,7 @@
 pub mod journal;
 pub mod manifest;
 pub mod pack;
+mod record;
 pub mod value;
 
 use std::fmt;
