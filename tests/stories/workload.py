@@ -76,6 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="SIGKILL at a step (or epoch); before, body, after, epoch-end",
     )
     add("--signal", default=None, metavar="WHEN:PLACE:NAME:TO", help="a signal to `self` or to the `group`")
+    add("--leave", type=int, default=0, help="end the program after this step, as if that were all")
     add("--extra-state", action="store_true", help="keep values of every type and check them after a resume")
     add("--forbid-pickle", action="store_true", help="die of any use of pickle between start and end")
     return parser.parse_args(arguments)
@@ -225,7 +226,7 @@ class Witness:
 
 def generators(data: Items, workers: int) -> list[Any]:
     held = None if workers else data.generator.bit_generator.state
-    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), held]
+    return [repr(random.getstate()), np.random.get_state(), torch.get_rng_state(), held]
 
 
 def die_at(plan: str | None, when: int, place: str) -> None:
@@ -432,6 +433,8 @@ def train(options: argparse.Namespace, made: dict[str, Any], data: Items, witnes
             )
             die_at(options.kill, step, "after")
             signal_at(options.signal, step, "after")
+            if step == options.leave:
+                return
         if options.evaluate:
             with run.aside():
                 evaluate(net, data, epoch, options)
