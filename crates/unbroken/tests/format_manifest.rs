@@ -1,0 +1,245 @@
+//! Manifests and checkpoint names, through the public API only.
+
+use proptest::prelude::*;
+use unbroken::Digest;
+use unbroken::format::Flaw;
+use unbroken::format::manifest::{
+    Manifest, PackEntry, StorageEntry, checkpoint_name, decode, encode, parse_checkpoint_name,
+};
+use unbroken::state::{Tensor, Value};
+
+fn tensor(dtype: &str, shape: &[u64], strides: &[i64], offset: u64, storage: u32) -> Value {
+    let (shape, strides) = (shape.to_vec(), strides.to_vec());
+    Value::Tensor(Tensor {
+        dtype: dtype.into(),
+        shape,
+        strides,
+        offset,
+        storage,
+        device: "cpu".into(),
+        attrs: vec![],
+    })
+}
+
+/// A checkpoint of two tied weights, a bare number and two storages of 24 and 3 bytes in one pack.
+fn manifest() -> Manifest {
+    let weight = tensor("float32", &[2, 3], &[3, 1], 0, 0);
+    Manifest {
+        run_id: "0f3c9a2e77d14b60".into(),
+        step: 1200,
+        phase: 0,
+        parent: Some("000001100-0-0123456789abcdef".into()),
+        life: 2,
+        created: "2026-11-23T10:00:00Z".into(),
+        tree: Value::Dict(vec![
+            (Value::Str("weight".into()), weight.clone()),
+            (Value::Str("tied".into()), weight),
+            (Value::Str("mask".into()), tensor("bool", &[3], &[1], 0, 1)),
+            (Value::Str("best".into()), Value::Float(0.25f64.to_bits())),
+        ]),
+        storages: vec![
+            StorageEntry {
+                digest: Digest::of(&[0; 24]),
+                length: 24,
+                pack: 0,
+                offset: 192,
+            },
+            StorageEntry {
+                digest: Digest::of(&[1; 3]),
+                length: 3,
+                pack: 0,
+                offset: 216,
+            },
+        ],
+        packs: vec![PackEntry {
+            name: "00112233445566778899aabbccddeeff.safetensors".into(),
+            length: 219,
+            header_digest: Digest::of(b"header"),
+        }],
+        identity: vec![("seed".into(), Value::Int(1))],
+        environment: vec![("torch".into(), Value::Str("2.15.0".into()))],
+        metrics: vec![
+            ("loss".into(), 0.5f64.to_bits()),
+            ("nan".into(), f64::NAN.to_bits()),
+        ],
+        pinned: false,
+        journal_head: Digest::of(b"journal"),
+        new_bytes: 219,
+    }
+}
+
+fn refused(change: impl FnOnce(&mut Manifest)) -> String {
+    let mut manifest = manifest();
+    change(&mut manifest);
+    encode(&manifest)
+        .expect_err("a manifest that breaks a rule was written")
+        .to_string()
+}
+
+#[test]
+fn reading_back_what_was_written_gives_the_same_manifest() {
+    let (bytes, digest) = encode(&manifest()).unwrap();
+    assert_eq!(decode(&bytes).unwrap(), (manifest(), digest));
+    assert_eq!(bytes[bytes.len() - 32..], digest.0);
+    assert_eq!(Digest::of(&bytes[..bytes.len() - 32]), digest);
+}
+
+#[test]
+fn every_flipped_bit_of_a_manifest_is_noticed() {
+    let (bytes, _) = encode(&manifest()).unwrap();
+    for bit in 0..bytes.len() * 8 {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert!(decode(&flipped).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn every_prefix_of_a_manifest_is_damaged() {
+    let (bytes, _) = encode(&manifest()).unwrap();
+    for length in 0..bytes.len() {
+        assert!(
+            matches!(decode(&bytes[..length]), Err(Flaw::Damaged { .. })),
+            "length {length}"
+        );
+    }
+    assert!(matches!(
+        decode(&[bytes, vec![0]].concat()),
+        Err(Flaw::Damaged { .. })
+    ));
+}
+
+#[test]
+fn another_version_is_named_before_anything_else_is_read() {
+    let (mut bytes, _) = encode(&manifest()).unwrap();
+    bytes[8] = 9;
+    assert_eq!(
+        decode(&bytes),
+        Err(Flaw::Version {
+            what: "a manifest",
+            found: 9
+        })
+    );
+    assert!(matches!(
+        decode(b"PK\x03\x04 something else"),
+        Err(Flaw::NotOurs { .. })
+    ));
+}
+
+#[test]
+fn indices_and_views_that_leave_their_bounds_are_refused() {
+    assert!(refused(|m| m.tree = tensor("float32", &[2, 3], &[3, 1], 0, 2)).contains("storage 2 of 2"));
+    for (dtype, shape, strides, offset) in [
+        ("float32", &[2, 3][..], &[3, 1][..], 1),
+        ("float32", &[3, 3], &[3, 1], 0),
+        ("float64", &[2, 3], &[3, 1], 0),
+        ("float32", &[2], &[-1], 0),
+        ("float32", &[u64::MAX, u64::MAX], &[i64::MAX, i64::MAX], u64::MAX),
+        ("uint8", &[2, 2], &[i64::MIN, 1], 5),
+    ] {
+        assert!(
+            refused(|m| m.tree = tensor(dtype, shape, strides, offset, 0)).contains("leaves its storage")
+        );
+    }
+    assert!(refused(|m| m.storages[1].pack = 1).contains("in pack 1 of 1"));
+    assert!(refused(|m| m.storages[1].offset = 217).contains("which has 219"));
+    assert!(refused(|m| m.storages[1].length = u64::MAX).contains("which has 219"));
+    assert!(refused(|m| m.identity[0].1 = tensor("uint8", &[1], &[1], 0, 0)).contains("storage 0 of 0"));
+}
+
+#[test]
+fn views_inside_their_storage_are_accepted_whatever_their_strides() {
+    for (dtype, shape, strides, offset) in [
+        ("float32", &[3, 2][..], &[1, 3][..], 0),
+        ("float32", &[1000], &[0], 5),
+        ("float32", &[6], &[-1], 5),
+        ("float32", &[0, 9], &[9, 1], 900),
+        ("float32", &[], &[], 5),
+        ("quint4x2", &[48], &[1], 0),
+    ] {
+        let mut manifest = manifest();
+        manifest.tree = tensor(dtype, shape, strides, offset, 0);
+        let (bytes, _) = encode(&manifest).unwrap();
+        assert_eq!(decode(&bytes).unwrap().0, manifest);
+    }
+}
+
+#[test]
+fn names_that_could_lead_out_of_a_directory_are_refused() {
+    for name in [
+        "",
+        ".",
+        "..",
+        "../a.safetensors",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "a\0b",
+        "c:d",
+        &"a".repeat(200),
+    ] {
+        refused(|m| m.packs[0].name = name.into());
+    }
+    for parent in ["../1", "000001100-0-0123456789ABCDEF", ""] {
+        refused(|m| m.parent = Some(parent.into()));
+    }
+    refused(|m| m.packs.push(m.packs[0].clone()));
+    refused(|m| m.run_id = "a b".into());
+}
+
+#[test]
+fn numbers_outside_their_range_are_refused() {
+    refused(|m| m.step = 1 << 63);
+    refused(|m| m.phase = 3);
+    refused(|m| m.life = 0);
+    refused(|m| m.created = "yesterday".into());
+    refused(|m| m.metrics.push(m.metrics[0].clone()));
+}
+
+#[test]
+fn a_checkpoint_name_sorts_by_step_and_can_be_read_back() {
+    let digest = Digest::of(b"");
+    assert_eq!(checkpoint_name(1200, 0, &digest), "000001200-0-af1349b9f5f9a1a6");
+    assert!(checkpoint_name(1199, 1, &digest) < checkpoint_name(1200, 0, &digest));
+    let long = checkpoint_name(12_345_678_901, 2, &digest);
+    let parsed = parse_checkpoint_name(&long).unwrap();
+    assert_eq!(
+        (parsed.step, parsed.phase, &parsed.digest[..]),
+        (12_345_678_901, 2, &digest.0[..8])
+    );
+    for name in [
+        "1200-0-af1349b9f5f9a1a6",
+        "0000001200-0-af1349b9f5f9a1a6",
+        "+00001200-0-af1349b9f5f9a1a6",
+        "000001200-3-af1349b9f5f9a1a6",
+        "000001200-00-af1349b9f5f9a1a6",
+        "000001200-0-AF1349b9f5f9a1a6",
+        "000001200-0-af1349b9f5f9a1",
+        "000001200-0-af1349b9f5f9a1a6-x",
+        "99999999999999999999-0-af1349b9f5f9a1a6",
+        "",
+    ] {
+        assert_eq!(parse_checkpoint_name(name), None, "{name}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn arbitrary_payloads_behind_a_valid_frame_never_panic(payload in prop::collection::vec(any::<u8>(), 0..200)) {
+        let mut bytes = encode(&manifest()).unwrap().0[..12].to_vec();
+        bytes.extend((payload.len() as u64).to_le_bytes());
+        bytes.extend(payload);
+        let digest = Digest::of(&bytes);
+        bytes.extend(digest.0);
+        prop_assert!(decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn any_step_phase_and_digest_make_a_name_that_reads_back(step in 0..=i64::MAX as u64, phase in 0u8..3, digest: [u8; 32]) {
+        let parsed = parse_checkpoint_name(&checkpoint_name(step, phase, &Digest(digest))).unwrap();
+        prop_assert_eq!((parsed.step, parsed.phase), (step, phase));
+        prop_assert_eq!(&parsed.digest[..], &digest[..8]);
+    }
+}
