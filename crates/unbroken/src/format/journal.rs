@@ -275,7 +275,7 @@ impl<'a> SegmentReader<'a> {
     }
 
     /// Chain hash up to and including the last record read so far. All zero where there is no header.
-    pub fn chain(&self) -> Digest {
+    pub fn head(&self) -> Digest {
         self.chain
     }
 

@@ -1,0 +1,172 @@
+//! Files of version 1 still open, and are still written byte for byte: `fixtures/v1/` is never rewritten.
+//!
+//! If one of these digests changes, bytes on disk changed: that needs another format version, fixtures of its own and a
+//! line in the changelog.
+
+use std::path::PathBuf;
+
+use unbroken::Digest;
+use unbroken::format::journal::{Component, Ending, Record, SegmentHeader, SegmentReader, encode_header, encode_record};
+use unbroken::format::manifest::{self, Manifest, PackEntry, StorageEntry};
+use unbroken::format::pack::{self, PackTensor};
+use unbroken::state::{Tensor, Value};
+
+const PACK: &str = "00112233445566778899aabbccddeeff.safetensors";
+const MANIFEST: &str = "000000002-0-90185f13fcab361d";
+const JOURNAL: &str = "000001.journal";
+
+fn fixture(name: &str) -> Vec<u8> {
+    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", "v1", name].iter().collect();
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn text(text: &str) -> Value {
+    Value::Str(text.to_owned())
+}
+
+/// Three storages, their names in the pack and their bytes.
+fn storages() -> Vec<(PackTensor, Vec<u8>)> {
+    let weight = [1.0f32, -0.0, 0.5, f32::INFINITY, 1e-40, 3.25].iter().flat_map(|x| x.to_le_bytes()).collect();
+    vec![
+        (pack::describe("generator".into(), 5, None), vec![5, 4, 3, 2, 1]),
+        (pack::describe("model/weight".into(), 24, Some(("float32", &[2, 3]))), weight),
+        (pack::describe("step".into(), 8, Some(("int64", &[]))), 2i64.to_le_bytes().to_vec()),
+    ]
+}
+
+fn pack_file() -> (Vec<u8>, pack::PackLayout) {
+    let tensors: Vec<PackTensor> = storages().into_iter().map(|(tensor, _)| tensor).collect();
+    let layout = pack::plan(&tensors).unwrap();
+    let mut bytes = layout.header.clone();
+    layout.order.iter().for_each(|&index| bytes.extend(&storages()[index].1));
+    (bytes, layout)
+}
+
+fn records() -> Vec<Record> {
+    let boundary = |step: u64| Record::Boundary {
+        step,
+        phase: 0,
+        epoch: 0,
+        position: step,
+        components: vec![
+            ("data/indices".into(), Component::Digest(vec![step as u8; 16])),
+            ("log/loss".into(), Component::Float((1.0 / step as f64).to_bits())),
+            ("log/count".into(), Component::Int(-7)),
+            ("log/note".into(), Component::Text("ok".into())),
+        ],
+    };
+    let event = Record::Event {
+        kind: "mark".into(),
+        step: 1,
+        fields: vec![("why".into(), text("fixture"))],
+        time: "2026-11-23T10:00:01Z".into(),
+    };
+    vec![boundary(1), event, boundary(2)]
+}
+
+fn journal_file() -> (Vec<u8>, Digest) {
+    let header = SegmentHeader {
+        run_id: "0f3c9a2e77d14b60".into(),
+        life: 1,
+        step: 0,
+        phase: 0,
+        previous: Digest([0; 32]),
+        created: "2026-11-23T10:00:00Z".into(),
+    };
+    let (mut bytes, mut chain) = encode_header(&header).unwrap();
+    for record in records() {
+        let (next, after) = encode_record(&chain, &record).unwrap();
+        bytes.extend(next);
+        chain = after;
+    }
+    (bytes, chain)
+}
+
+fn manifest() -> Manifest {
+    let (pack, layout) = pack_file();
+    let view = |dtype: &str, shape: &[u64], strides: &[i64], storage: u32| {
+        let attrs = vec![("requires_grad".into(), Value::Bool(true))];
+        let (shape, strides) = (shape.to_vec(), strides.to_vec());
+        Value::Tensor(Tensor { dtype: dtype.into(), shape, strides, offset: 0, storage, device: "cpu".into(), attrs })
+    };
+    let every_sort = Value::List(vec![
+        Value::None,
+        Value::Int(i64::MIN),
+        Value::integer(true, &[1; 12]),
+        Value::Float(0x7ff8_dead_beef_0001),
+        Value::Complex(0, 1 << 63),
+        Value::Bytes(vec![0, 255]),
+        Value::Tuple(vec![Value::Int(1), text("é")]),
+        Value::Set(vec![Value::Int(3), text("a")]),
+        Value::FrozenSet(vec![]),
+        Value::Dict(vec![(Value::Int(2), Value::Bool(false)), (text("1"), Value::None)]),
+        Value::Object { kind: "enum".into(), name: "app.Mode".into(), fields: vec![("name".into(), text("FAST"))] },
+    ]);
+    let tree = vec![
+        (text("generator"), view("uint8", &[5], &[1], 0)),
+        (text("model"), Value::Dict(vec![(text("weight"), view("float32", &[3, 2], &[1, 3], 1))])),
+        (text("step"), view("int64", &[], &[], 2)),
+        (text("values"), every_sort),
+    ];
+    let entry = |(index, (_, bytes)): (usize, (PackTensor, Vec<u8>))| StorageEntry {
+        digest: Digest::of(&bytes),
+        length: bytes.len() as u64,
+        pack: 0,
+        offset: layout.offsets[index],
+    };
+    let pack = PackEntry { name: PACK.into(), length: pack.len() as u64, header_digest: layout.header_digest };
+    Manifest {
+        run_id: "0f3c9a2e77d14b60".into(),
+        step: 2,
+        phase: 0,
+        parent: Some("000000000-0-0123456789abcdef".into()),
+        life: 1,
+        created: "2026-11-23T10:00:02Z".into(),
+        tree: Value::Dict(tree),
+        storages: storages().into_iter().enumerate().map(entry).collect(),
+        new_bytes: pack.length,
+        packs: vec![pack],
+        identity: vec![("workers".into(), Value::Int(2))],
+        environment: vec![("torch".into(), text("2.15.0"))],
+        metrics: vec![("loss".into(), 0.5f64.to_bits())],
+        pinned: true,
+        journal_head: journal_file().1,
+    }
+}
+
+#[test]
+fn files_of_version_1_still_open() {
+    let (found, digest) = manifest::decode(&fixture(MANIFEST)).unwrap();
+    assert_eq!(found, manifest());
+    assert_eq!(manifest::checkpoint_name(found.step, found.phase, &digest), MANIFEST);
+
+    let bytes = fixture(PACK);
+    let header = pack::header_length(bytes[..8].try_into().unwrap()).unwrap() as usize;
+    assert_eq!(Digest::of(&bytes[..header]), found.packs[0].header_digest);
+    for packed in pack::parse(&bytes[..header], bytes.len() as u64).unwrap() {
+        let stored = &bytes[packed.offset as usize..(packed.offset + packed.length) as usize];
+        assert!(storages().contains(&(packed.tensor, stored.to_vec())));
+    }
+    for storage in &found.storages {
+        let (start, end) = (storage.offset as usize, (storage.offset + storage.length) as usize);
+        assert_eq!(Digest::of(&bytes[start..end]), storage.digest);
+    }
+
+    let bytes = fixture(JOURNAL);
+    let mut reader = SegmentReader::new(&bytes).unwrap();
+    assert_eq!(reader.by_ref().map(|entry| entry.record).collect::<Vec<_>>(), records());
+    assert_eq!(reader.head(), found.journal_head);
+    assert_eq!(reader.ending(), Ending::Complete);
+}
+
+#[test]
+fn files_of_version_1_are_still_written_byte_for_byte() {
+    for (name, bytes, digest) in [
+        (PACK, pack_file().0, "11088939f25716d5"),
+        (JOURNAL, journal_file().0, "ff491cb729e2fb0a"),
+        (MANIFEST, manifest::encode(&manifest()).unwrap().0, "9a0286c154389055"),
+    ] {
+        assert_eq!(Digest::of(&bytes).short(), digest, "{name}");
+        assert_eq!(bytes, fixture(name), "{name}");
+    }
+}
