@@ -1,0 +1,362 @@
+//! Two arrays of one dtype, element by element: how many differ, how far apart, and in which tell-tale way.
+//!
+//! Touches: the bytes it is given, read only. Knows the dtypes whose elements are whole bytes; bytes of any other dtype
+//! are compared byte by byte.
+
+use crate::format::manifest::element_size;
+
+/// What a comparison found. Distances count representable numbers between two (units in the last place).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Elements {
+    /// Elements of the array.
+    pub total: u64,
+    /// Elements whose bits differ.
+    pub differing: u64,
+    /// Position of the first that differs, in elements.
+    pub first: u64,
+    /// The largest distance, in units in the last place; 0 where no pair of differing elements has one.
+    pub max_ulps: u64,
+    /// Differing elements of which at least one is not a number.
+    pub not_numbers: u64,
+    /// In which tell-tale way they differ, if in one.
+    pub pattern: Option<Pattern>,
+}
+
+/// A tell-tale way in which an array differs from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// Every element found is zero.
+    Zeros,
+    /// Every element found is one.
+    Ones,
+    /// What was found is what was expected, rounded to bfloat16.
+    RoundedToBfloat16,
+    /// What was found is what was expected, rounded to float16.
+    RoundedToFloat16,
+    /// What was found is what was expected, rounded to float32.
+    RoundedToFloat32,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Sign and magnitude, as every IEEE format has them: bits without the sign, and the smallest magnitude that is
+    /// not a number.
+    Float {
+        magnitude: u32,
+        not_a_number: u64,
+    },
+    Signed,
+    Unsigned,
+}
+
+fn kind(dtype: &str) -> Kind {
+    let float = |magnitude, not_a_number| Kind::Float {
+        magnitude,
+        not_a_number,
+    };
+    match dtype {
+        "float64" | "complex128" => float(63, 0x7ff0_0000_0000_0001),
+        "float32" | "complex64" => float(31, 0x7f80_0001),
+        "float16" | "complex32" => float(15, 0x7c01),
+        "bfloat16" => float(15, 0x7f81),
+        "float8_e4m3fn" => float(7, 0x7f),
+        "float8_e5m2" => float(7, 0x7d),
+        "int8" | "int16" | "int32" | "int64" | "qint8" | "qint32" => Kind::Signed,
+        _ => Kind::Unsigned,
+    }
+}
+
+/// The bytes of one comparable number: a complex element is two of them.
+fn width(dtype: &str) -> usize {
+    match dtype {
+        "complex32" => 2,
+        "complex64" => 4,
+        "complex128" => 8,
+        _ => element_size(dtype).unwrap_or(1) as usize,
+    }
+}
+
+/// Compares two arrays; `None` where they are equal bit for bit.
+///
+/// Arrays of different lengths are compared as far as both reach, and what is left of the longer one counts as
+/// differing.
+pub fn compare(dtype: &str, expected: &[u8], found: &[u8]) -> Option<Elements> {
+    if expected == found {
+        return None;
+    }
+    let (kind, width) = (kind(dtype), width(dtype));
+    let per_element = (element_size(dtype).unwrap_or(1) as usize) / width;
+    let mut result = Elements {
+        total: (expected.len().max(found.len()) / (width * per_element)) as u64,
+        differing: 0,
+        first: 0,
+        max_ulps: 0,
+        not_numbers: 0,
+        pattern: pattern(dtype, expected, found),
+    };
+    let size = width * per_element;
+    for (index, (old, new)) in expected
+        .chunks_exact(size)
+        .zip(found.chunks_exact(size))
+        .enumerate()
+    {
+        if old == new {
+            continue;
+        }
+        if result.differing == 0 {
+            result.first = index as u64;
+        }
+        result.differing += 1;
+        let mut number = true;
+        for (old, new) in old.chunks_exact(width).zip(new.chunks_exact(width)) {
+            match distance(kind, word(old), word(new), width) {
+                Some(ulps) => result.max_ulps = result.max_ulps.max(ulps),
+                None => number = false,
+            }
+        }
+        result.not_numbers += u64::from(!number);
+    }
+    let shorter = (expected.len().min(found.len()) / size) as u64;
+    if shorter < result.total {
+        if result.differing == 0 {
+            result.first = shorter;
+        }
+        result.differing += result.total - shorter;
+    }
+    Some(result)
+}
+
+/// Up to eight little-endian bytes as a number.
+fn word(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |word, byte| word << 8 | u64::from(*byte))
+}
+
+/// How many representable numbers lie between two, plus one; `None` where one of them is not a number.
+fn distance(kind: Kind, expected: u64, found: u64, width: usize) -> Option<u64> {
+    let bits = 8 * width as u32;
+    let ordered = |word: u64| -> Option<i128> {
+        match kind {
+            Kind::Float {
+                magnitude,
+                not_a_number,
+            } => {
+                let size = word & ((1 << magnitude) - 1);
+                let sign = if word >> magnitude & 1 == 1 { -1 } else { 1 };
+                (size < not_a_number).then_some(sign * i128::from(size))
+            }
+            Kind::Signed => Some(i128::from((word << (64 - bits)) as i64 >> (64 - bits))),
+            Kind::Unsigned => Some(i128::from(word)),
+        }
+    };
+    let apart = (ordered(expected)? - ordered(found)?).unsigned_abs();
+    Some(u64::try_from(apart).unwrap_or(u64::MAX))
+}
+
+fn pattern(dtype: &str, expected: &[u8], found: &[u8]) -> Option<Pattern> {
+    if found.is_empty() || expected.len() != found.len() {
+        return None;
+    }
+    if found.iter().all(|byte| *byte == 0) {
+        return Some(Pattern::Zeros);
+    }
+    let width = width(dtype);
+    if let Some(one) = one(dtype)
+        && found.chunks_exact(width).all(|chunk| word(chunk) == one)
+    {
+        return Some(Pattern::Ones);
+    }
+    let all = |narrow: fn(u64) -> u64| {
+        expected
+            .chunks_exact(width)
+            .zip(found.chunks_exact(width))
+            .all(|(old, new)| narrow(word(old)) == word(new))
+    };
+    match dtype {
+        "float32" | "complex64" if all(|bits| f32_to_bfloat16(bits as u32).into()) => {
+            Some(Pattern::RoundedToBfloat16)
+        }
+        "float32" | "complex64" if all(|bits| f32_to_float16(bits as u32).into()) => {
+            Some(Pattern::RoundedToFloat16)
+        }
+        "float64" | "complex128" if all(|bits| f64::from(f64::from_bits(bits) as f32).to_bits()) => {
+            Some(Pattern::RoundedToFloat32)
+        }
+        _ => None,
+    }
+}
+
+/// The bits of the number one.
+fn one(dtype: &str) -> Option<u64> {
+    Some(match dtype {
+        "float64" => 1f64.to_bits(),
+        "float32" => 1f32.to_bits().into(),
+        "float16" => 0x3c00,
+        "bfloat16" => 0x3f80,
+        "int8" | "int16" | "int32" | "int64" | "uint8" | "uint16" | "uint32" | "uint64" | "bool" => 1,
+        _ => return None,
+    })
+}
+
+/// A float32's bits after a trip through bfloat16: to nearest, ties to even.
+fn f32_to_bfloat16(bits: u32) -> u32 {
+    if f32::from_bits(bits).is_nan() {
+        return bits;
+    }
+    let rounding = 0x7fff + (bits >> 16 & 1);
+    bits.wrapping_add(rounding) & 0xffff_0000
+}
+
+/// A float32's bits after a trip through float16: to nearest, ties to even.
+fn f32_to_float16(bits: u32) -> u32 {
+    let value = f32::from_bits(bits);
+    if !value.is_finite() || value == 0.0 {
+        return bits;
+    }
+    // The spacing of float16 at this size; below its smallest normal number, 2^-14, the spacing stays 2^-24.
+    let exponent = ((bits >> 23 & 0xff) as i32 - 127).max(-14);
+    let spacing = f64::powi(2.0, exponent - 10);
+    let rounded = (f64::from(value) / spacing).round_ties_even() * spacing;
+    if rounded.abs() > 65504.0 {
+        return f32::INFINITY.copysign(value).to_bits();
+    }
+    (rounded as f32).copysign(value).to_bits()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn floats(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    fn next(value: f32) -> f32 {
+        f32::from_bits(value.to_bits() + 1)
+    }
+
+    #[test]
+    fn equal_bits_have_no_difference() {
+        let nan = floats(&[f32::NAN, 1.0]);
+        assert_eq!(compare("float32", &nan, &nan), None);
+    }
+
+    #[test]
+    fn one_element_off_by_one_ulp_is_counted_and_found() {
+        let found = compare(
+            "float32",
+            &floats(&[0.5, 1.5, 2.0]),
+            &floats(&[0.5, next(1.5), 2.0]),
+        )
+        .unwrap();
+        let expected = Elements {
+            total: 3,
+            differing: 1,
+            first: 1,
+            max_ulps: 1,
+            not_numbers: 0,
+            pattern: None,
+        };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn distances_cross_zero_and_signed_zeros_differ_without_one() {
+        let tiny = f32::from_bits(3);
+        assert_eq!(
+            compare("float32", &floats(&[tiny]), &floats(&[-tiny]))
+                .unwrap()
+                .max_ulps,
+            6
+        );
+        let zeros = compare("float32", &floats(&[0.0, 1.0]), &floats(&[-0.0, 1.0])).unwrap();
+        assert_eq!((zeros.differing, zeros.max_ulps), (1, 0));
+    }
+
+    #[test]
+    fn what_is_not_a_number_has_no_distance() {
+        let found = compare("float32", &floats(&[1.0, 2.0]), &floats(&[f32::NAN, next(2.0)])).unwrap();
+        assert_eq!((found.differing, found.not_numbers, found.max_ulps), (2, 1, 1));
+        assert_eq!(compare("float8_e4m3fn", &[0x01], &[0x7f]).unwrap().not_numbers, 1);
+    }
+
+    #[test]
+    fn integers_differ_by_their_difference() {
+        let number = |value: i64| value.to_le_bytes();
+        assert_eq!(compare("int64", &number(-3), &number(4)).unwrap().max_ulps, 7);
+        assert_eq!(
+            compare("int64", &number(i64::MIN), &number(i64::MAX))
+                .unwrap()
+                .max_ulps,
+            u64::MAX
+        );
+        assert_eq!(compare("uint8", &[250], &[3]).unwrap().max_ulps, 247);
+    }
+
+    #[test]
+    fn complex_elements_count_once_for_both_parts() {
+        let found = compare(
+            "complex64",
+            &floats(&[1.0, 2.0]),
+            &floats(&[next(1.0), next(2.0)]),
+        )
+        .unwrap();
+        assert_eq!((found.total, found.differing, found.max_ulps), (1, 1, 1));
+    }
+
+    #[test]
+    fn tell_tale_patterns_are_seen() {
+        let values = floats(&[0.1, -3.7, 1e-6]);
+        assert_eq!(
+            compare("float32", &values, &floats(&[0.0; 3])).unwrap().pattern,
+            Some(Pattern::Zeros)
+        );
+        assert_eq!(
+            compare("float32", &values, &floats(&[1.0; 3])).unwrap().pattern,
+            Some(Pattern::Ones)
+        );
+        let narrow: Vec<u8> = values
+            .chunks_exact(4)
+            .flat_map(|chunk| f32_to_bfloat16(word(chunk) as u32).to_le_bytes())
+            .collect();
+        assert_eq!(
+            compare("float32", &values, &narrow).unwrap().pattern,
+            Some(Pattern::RoundedToBfloat16)
+        );
+        let wide: Vec<u8> = [0.1f64, 1e-40]
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let cast: Vec<u8> = [0.1f32, 1e-40]
+            .iter()
+            .flat_map(|value| f64::from(*value).to_le_bytes())
+            .collect();
+        assert_eq!(
+            compare("float64", &wide, &cast).unwrap().pattern,
+            Some(Pattern::RoundedToFloat32)
+        );
+    }
+
+    #[test]
+    fn narrow_formats_round_to_nearest_even() {
+        // Halves of the last place go to the even neighbour, and what is too large becomes infinite.
+        assert_eq!(f32_to_bfloat16(0x3f80_8000), 0x3f80_0000);
+        assert_eq!(f32_to_bfloat16(0x3f81_8000), 0x3f82_0000);
+        assert_eq!(f32::from_bits(f32_to_float16(1.0004883f32.to_bits())), 1.0);
+        assert_eq!(f32::from_bits(f32_to_float16(0.1f32.to_bits())), 0.099975586);
+        assert_eq!(f32::from_bits(f32_to_float16(70000f32.to_bits())), f32::INFINITY);
+        assert_eq!(
+            f32::from_bits(f32_to_float16(5.9604645e-8f32.to_bits())),
+            5.9604645e-8
+        );
+        assert_eq!(f32::from_bits(f32_to_float16(1e-9f32.to_bits())), 0.0);
+    }
+
+    #[test]
+    fn a_longer_array_differs_in_what_is_left() {
+        let found = compare("float32", &floats(&[1.0]), &floats(&[1.0, 2.0])).unwrap();
+        assert_eq!((found.total, found.differing, found.first), (2, 1, 1));
+    }
+}
