@@ -6,7 +6,9 @@
 use std::path::PathBuf;
 
 use unbroken::Digest;
-use unbroken::format::journal::{Component, Ending, Record, SegmentHeader, SegmentReader, encode_header, encode_record};
+use unbroken::format::journal::{
+    Component, Ending, Record, SegmentHeader, SegmentReader, encode_header, encode_record,
+};
 use unbroken::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use unbroken::format::pack::{self, PackTensor};
 use unbroken::state::{Tensor, Value};
@@ -16,7 +18,9 @@ const MANIFEST: &str = "000000002-0-90185f13fcab361d";
 const JOURNAL: &str = "000001.journal";
 
 fn fixture(name: &str) -> Vec<u8> {
-    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", "v1", name].iter().collect();
+    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", "v1", name]
+        .iter()
+        .collect();
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -26,11 +30,20 @@ fn text(text: &str) -> Value {
 
 /// Three storages, their names in the pack and their bytes.
 fn storages() -> Vec<(PackTensor, Vec<u8>)> {
-    let weight = [1.0f32, -0.0, 0.5, f32::INFINITY, 1e-40, 3.25].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let weight = [1.0f32, -0.0, 0.5, f32::INFINITY, 1e-40, 3.25]
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .collect();
     vec![
         (pack::describe("generator".into(), 5, None), vec![5, 4, 3, 2, 1]),
-        (pack::describe("model/weight".into(), 24, Some(("float32", &[2, 3]))), weight),
-        (pack::describe("step".into(), 8, Some(("int64", &[]))), 2i64.to_le_bytes().to_vec()),
+        (
+            pack::describe("model/weight".into(), 24, Some(("float32", &[2, 3]))),
+            weight,
+        ),
+        (
+            pack::describe("step".into(), 8, Some(("int64", &[]))),
+            2i64.to_le_bytes().to_vec(),
+        ),
     ]
 }
 
@@ -38,7 +51,10 @@ fn pack_file() -> (Vec<u8>, pack::PackLayout) {
     let tensors: Vec<PackTensor> = storages().into_iter().map(|(tensor, _)| tensor).collect();
     let layout = pack::plan(&tensors).unwrap();
     let mut bytes = layout.header.clone();
-    layout.order.iter().for_each(|&index| bytes.extend(&storages()[index].1));
+    layout
+        .order
+        .iter()
+        .for_each(|&index| bytes.extend(&storages()[index].1));
     (bytes, layout)
 }
 
@@ -87,7 +103,15 @@ fn manifest() -> Manifest {
     let view = |dtype: &str, shape: &[u64], strides: &[i64], storage: u32| {
         let attrs = vec![("requires_grad".into(), Value::Bool(true))];
         let (shape, strides) = (shape.to_vec(), strides.to_vec());
-        Value::Tensor(Tensor { dtype: dtype.into(), shape, strides, offset: 0, storage, device: "cpu".into(), attrs })
+        Value::Tensor(Tensor {
+            dtype: dtype.into(),
+            shape,
+            strides,
+            offset: 0,
+            storage,
+            device: "cpu".into(),
+            attrs,
+        })
     };
     let every_sort = Value::List(vec![
         Value::None,
@@ -99,12 +123,22 @@ fn manifest() -> Manifest {
         Value::Tuple(vec![Value::Int(1), text("é")]),
         Value::Set(vec![Value::Int(3), text("a")]),
         Value::FrozenSet(vec![]),
-        Value::Dict(vec![(Value::Int(2), Value::Bool(false)), (text("1"), Value::None)]),
-        Value::Object { kind: "enum".into(), name: "app.Mode".into(), fields: vec![("name".into(), text("FAST"))] },
+        Value::Dict(vec![
+            (Value::Int(2), Value::Bool(false)),
+            (text("1"), Value::None),
+        ]),
+        Value::Object {
+            kind: "enum".into(),
+            name: "app.Mode".into(),
+            fields: vec![("name".into(), text("FAST"))],
+        },
     ]);
     let tree = vec![
         (text("generator"), view("uint8", &[5], &[1], 0)),
-        (text("model"), Value::Dict(vec![(text("weight"), view("float32", &[3, 2], &[1, 3], 1))])),
+        (
+            text("model"),
+            Value::Dict(vec![(text("weight"), view("float32", &[3, 2], &[1, 3], 1))]),
+        ),
         (text("step"), view("int64", &[], &[], 2)),
         (text("values"), every_sort),
     ];
@@ -114,7 +148,11 @@ fn manifest() -> Manifest {
         pack: 0,
         offset: layout.offsets[index],
     };
-    let pack = PackEntry { name: PACK.into(), length: pack.len() as u64, header_digest: layout.header_digest };
+    let pack = PackEntry {
+        name: PACK.into(),
+        length: pack.len() as u64,
+        header_digest: layout.header_digest,
+    };
     Manifest {
         run_id: "0f3c9a2e77d14b60".into(),
         step: 2,
@@ -138,7 +176,10 @@ fn manifest() -> Manifest {
 fn files_of_version_1_still_open() {
     let (found, digest) = manifest::decode(&fixture(MANIFEST)).unwrap();
     assert_eq!(found, manifest());
-    assert_eq!(manifest::checkpoint_name(found.step, found.phase, &digest), MANIFEST);
+    assert_eq!(
+        manifest::checkpoint_name(found.step, found.phase, &digest),
+        MANIFEST
+    );
 
     let bytes = fixture(PACK);
     let header = pack::header_length(bytes[..8].try_into().unwrap()).unwrap() as usize;
@@ -148,13 +189,19 @@ fn files_of_version_1_still_open() {
         assert!(storages().contains(&(packed.tensor, stored.to_vec())));
     }
     for storage in &found.storages {
-        let (start, end) = (storage.offset as usize, (storage.offset + storage.length) as usize);
+        let (start, end) = (
+            storage.offset as usize,
+            (storage.offset + storage.length) as usize,
+        );
         assert_eq!(Digest::of(&bytes[start..end]), storage.digest);
     }
 
     let bytes = fixture(JOURNAL);
     let mut reader = SegmentReader::new(&bytes).unwrap();
-    assert_eq!(reader.by_ref().map(|entry| entry.record).collect::<Vec<_>>(), records());
+    assert_eq!(
+        reader.by_ref().map(|entry| entry.record).collect::<Vec<_>>(),
+        records()
+    );
     assert_eq!(reader.head(), found.journal_head);
     assert_eq!(reader.ending(), Ending::Complete);
 }
@@ -164,7 +211,11 @@ fn files_of_version_1_are_still_written_byte_for_byte() {
     for (name, bytes, digest) in [
         (PACK, pack_file().0, "11088939f25716d5"),
         (JOURNAL, journal_file().0, "ff491cb729e2fb0a"),
-        (MANIFEST, manifest::encode(&manifest()).unwrap().0, "9a0286c154389055"),
+        (
+            MANIFEST,
+            manifest::encode(&manifest()).unwrap().0,
+            "9a0286c154389055",
+        ),
     ] {
         assert_eq!(Digest::of(&bytes).short(), digest, "{name}");
         assert_eq!(bytes, fixture(name), "{name}");

@@ -124,7 +124,7 @@ proptest! {
         found.sort_by(|a, b| a.name.cmp(&b.name));
         prop_assert_eq!(&found, &tensors);
         let size = |index: usize| [1, 2, 4, 8][dtypes.iter().position(|name| *name == tensors[index].dtype).unwrap()];
-        prop_assert!(layout.order.iter().all(|&index| layout.offsets[index] % size(index) == 0));
+        prop_assert!(layout.order.iter().all(|&index| layout.offsets[index].is_multiple_of(size(index))));
     }
 
     #[test]

@@ -187,7 +187,7 @@ pub fn header_length(first: [u8; 8]) -> Result<u64, Flaw> {
             "a pack header of {length} bytes, at most {MAX_HEADER} are allowed"
         )));
     }
-    if length % ALIGNMENT as u64 != 0 {
+    if !length.is_multiple_of(ALIGNMENT as u64) {
         return Err(Flaw::NotOurs { what: "a pack" });
     }
     Ok(length)

@@ -139,7 +139,7 @@ fn too_deep() -> Flaw {
 }
 
 /// Finds a string that occurs twice.
-fn repeated<'a>(mut parts: Vec<&'a [u8]>) -> Option<&'a [u8]> {
+fn repeated(mut parts: Vec<&[u8]>) -> Option<&[u8]> {
     parts.sort_unstable();
     parts
         .windows(2)
