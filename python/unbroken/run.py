@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import os
-import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from . import _core, notices
 from .batches import Batches, Stream
 from .errors import DivergedFromJournal, InvalidArgument, MismatchError, NotExact, NotTracked, UnbrokenError
 from .policy import Keep, Policy, as_policy, walltime_deadline
+from .proving import Instructions
 from .stop import StopRequest
 from .torch import digests, environment, rng, shield, snapshot
 from .torch.data import Session
@@ -134,6 +134,11 @@ class Run:
     ) -> None:
         if data not in ("native", "keyed"):
             raise InvalidArgument(f"data must be 'native' or 'keyed', got {data!r}")
+        self._proof = proof = Instructions.read(os.environ)
+        if proof.directory is not None:
+            # What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
+            journal, keep, on_divergence = "full", Keep(last=None), "continue"
+            seed = proof.seed if seed is None else seed
         level = journal if journal is not None else os.environ.get("UNBROKEN_JOURNAL", "sampled")
         if level not in ("sampled", "full"):
             raise InvalidArgument(f"journal must be 'sampled' or 'full', got {level!r}")
@@ -141,7 +146,7 @@ class Run:
             raise InvalidArgument(f"on_divergence must be 'stop' or 'continue', got {on_divergence!r}")
         if isinstance(allow, str):
             allow = [allow]
-        self.path = Path(path)
+        self.path = proof.place(Path(path))
         self.policy = as_policy(checkpoint)
         self.keep = keep if isinstance(keep, Keep) else Keep() if keep is None else Keep(last=keep)
         self.requeue_code = requeue_code
@@ -180,7 +185,6 @@ class Run:
         self._replayed_from: int | None = None
         self._steps_of_this_life = 0
         self._last_commit = time.monotonic()
-        self._crash_at = os.environ.get("UNBROKEN_CRASH_AT", "")
         for text in self._core.warnings:
             self._say(text)
         for name, why in self._core.rejected:
@@ -233,7 +237,9 @@ class Run:
             InvalidArgument: The name is taken, or training has started.
         """
         if getattr(self, "_started", False):
-            raise InvalidArgument("run.track() comes too late: training has started and state may be restored")
+            raise InvalidArgument(
+                "run.track() comes too late: training has started and state may be restored"
+            )
         for name, item in objects.items():
             if name in self._objects or name == "state":
                 raise InvalidArgument(f"the name {name!r} is taken in this run")
@@ -285,7 +291,13 @@ class Run:
             MismatchError: The loader is not the one of the checkpoint.
         """
         return Batches(
-            self, loader, name=name, data=data or self._data, until_step=until_step, progress=progress, positions=False
+            self,
+            loader,
+            name=name,
+            data=data or self._data,
+            until_step=until_step,
+            progress=progress,
+            positions=False,
         )
 
     def enumerate(self, loader: Any, **options: Any) -> Batches:
@@ -301,7 +313,9 @@ class Run:
             positions=True,
         )
 
-    def stream(self, loader: Any, *, name: str | None = None, data: Literal["native", "keyed"] | None = None) -> Stream:
+    def stream(
+        self, loader: Any, *, name: str | None = None, data: Literal["native", "keyed"] | None = None
+    ) -> Stream:
         """Return an endless iterator over a second loader, for `next()` in the body; its position is saved."""
         return Stream(self, loader, name=name, data=data or self._data)
 
@@ -373,7 +387,9 @@ class Run:
             raise InvalidArgument("this run is closed")
         if self._started:
             if any(self._identity.get(f"plan.{name}") != value for name, value in plan.items()):
-                raise InvalidArgument("a run has one plan: epochs() or batches(until_step=...), with one number")
+                raise InvalidArgument(
+                    "a run has one plan: epochs() or batches(until_step=...), with one number"
+                )
             return
         self._refuse_distributed()
         self._identity = {f"plan.{name}": value for name, value in plan.items()}
@@ -398,7 +414,9 @@ class Run:
         self._watch.install()
         self._core.begin()
         for name, recorded, current in allowed:
-            self._core.event("override", self.step, {"name": name, "recorded": _text(recorded), "current": _text(current)})
+            self._core.event(
+                "override", self.step, {"name": name, "recorded": _text(recorded), "current": _text(current)}
+            )
         if checkpoint is None:
             self._commit(_IN_EPOCH)
             return
@@ -408,6 +426,7 @@ class Run:
             self._place = dataclasses.replace(self._place, in_loop=False, openings=[])
         else:
             self._restore_all()
+            self._save_restored(_BETWEEN_EPOCHS)
 
     def _check_identity(self) -> list[tuple[str, Any, Any]]:
         """Return the allowed differences; refuse all others by name."""
@@ -462,7 +481,9 @@ class Run:
             f"{notices.size(info.size_bytes)} verified"
         )
         for name, recorded, current in environment.changed(info.environment, self._versions):
-            self._say(f"the environment changed: {name} was {recorded}, is {current}; compare what the journal says")
+            self._say(
+                f"the environment changed: {name} was {recorded}, is {current}; compare what the journal says"
+            )
         if self._fingerprint is None:
             self._say("the data's content was not compared: no data_fingerprint was given")
 
@@ -497,6 +518,8 @@ class Run:
         epochs, expected_batches = self._identity.get("plan.epochs"), slot.session.batches_expected
         if epochs is not None and expected_batches is not None and len(self._place.openings) == 1:
             self._place.planned_steps = epochs * expected_batches
+        if resume is not None:
+            self._save_restored(_IN_EPOCH)
         return True
 
     def _loop_is_open(self) -> bool:
@@ -555,7 +578,9 @@ class Run:
             differences = environment.changed(recorded, identity)
             self._refuse(differences)
             for key, old, new in differences:
-                self._core.event("override", self.step, {"name": key, "recorded": _text(old), "current": _text(new)})
+                self._core.event(
+                    "override", self.step, {"name": key, "recorded": _text(old), "current": _text(new)}
+                )
             session.restore(saved["state"])
             slot.epoch, slot.ordinal = saved["epoch"], saved["ordinal"]
         self._identity.update(identity)
@@ -566,7 +591,9 @@ class Run:
         """Return the saved, not yet taken name whose loader looked like this one, or the next free name."""
         for name in self._saved_loaders:
             prefix = f"loader/{name}."
-            recorded = {n[len(prefix) :]: v for n, v in self._recorded_identity.items() if n.startswith(prefix)}
+            recorded = {
+                n[len(prefix) :]: v for n, v in self._recorded_identity.items() if n.startswith(prefix)
+            }
             if name not in self._slots and recorded == dict(identity):
                 return name
         taken = self._slots.keys() | self._saved_loaders.keys()
@@ -594,11 +621,11 @@ class Run:
         """The boundary after a step, inside the loop: record, save if due, stop if asked."""
         self._record_step()
         self._check_tracked()
-        self._crash_point(f"step:{self.step}")
-        reason = self._stop.reason
+        self._proof.reached(f"step:{self.step}")
+        reason = self._stop.reason or self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
             self._commit(_IN_EPOCH)
-            self._crash_point(f"saved:{self.step}")
+            self._proof.reached(f"saved:{self.step}")
         if reason is not None:
             self._exit_for(reason)
 
@@ -630,10 +657,13 @@ class Run:
     def _loop_ended(self, batches: Batches) -> None:
         """The loop ran to its end."""
         session = batches.session
-        if session is self._primary_session:
+        primary = session is not None and session is self._primary_session
+        if primary:
             self._primary = self._primary_session = None
         if session is not None:
             self._set_inactive(session)
+        if primary:
+            self._proof.reached(f"work:{self._place.epoch}")
 
     def _set_inactive(self, session: Session) -> None:
         for slot in self._slots.values():
@@ -655,7 +685,7 @@ class Run:
         self._place = _Place(step=self.step, epoch=epoch + 1, planned_steps=self._place.planned_steps)
         self._record(_BETWEEN_EPOCHS, [])
         self._check_tracked()
-        self._crash_point(f"epoch:{epoch}")
+        self._proof.reached(f"epoch:{epoch}")
         reason = self._stop.reason
         if reason is not None or self._due(_BETWEEN_EPOCHS):
             self._commit(_BETWEEN_EPOCHS)
@@ -723,7 +753,9 @@ class Run:
             )
 
     def _due(self, phase: int) -> bool:
-        return self._pin_next or self.policy.due(
+        if self._pin_next or f"{self.step}-{phase}" in self._proof.save:
+            return True
+        return self.policy.due(
             step=self.step, phase=phase, seconds_since_last=time.monotonic() - self._last_commit
         )
 
@@ -737,6 +769,7 @@ class Run:
             "generators": rng.capture(),
             "loaders": {**self._unopened_loaders(), **self._loader_states()},
         }
+        self._proof.reached(f"saving:{self.step}")
         self._core.commit(
             step=self.step,
             phase=phase,
@@ -782,15 +815,19 @@ class Run:
         self.close()
         raise SystemExit(self.requeue_code)
 
-    def _crash_point(self, name: str) -> None:
-        # For proofs: the process kills itself at a named boundary, as hard as anything else could.
-        if name == self._crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _save_restored(self, phase: int) -> None:
+        if "restored" in self._proof.save:
+            self._commit(phase)
+
+    def _proof_ends(self) -> str | None:
+        return "the last step to prove" if self._proof.steps is not None and self.step >= self._proof.steps else None
 
     def _say_incomplete(self, *, failed: bool) -> None:
         if self._started and not self._closed and not self.finished:
             how = "failed" if failed else "ended"
-            self._say(f"{self.path} {how} before its planned end, at step {self.step}; start the same command to go on")
+            self._say(
+                f"{self.path} {how} before its planned end, at step {self.step}; start the same command to go on"
+            )
 
     def _at_exit(self) -> None:
         self._say_incomplete(failed=False)
