@@ -1,6 +1,6 @@
 """The training of `article.py` with Unbroken: nothing to save or load, a kill anywhere loses nothing.
 
-    python examples/article_unbroken.py runs/article
+python examples/article_unbroken.py runs/article
 """
 
 import sys

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,17 @@ class Story:
         self.lives: list[Life] = []
         directory.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *flags: str, fresh: bool = False, **variables: str) -> Life:
-        """Start a life. `fresh` starts a new interpreter instead of a fork of the nursery."""
+    def start(
+        self, *flags: str, fresh: bool = False, limits: Mapping[str, int] | None = None, **variables: str
+    ) -> Life:
+        """Start a life.
+
+        Args:
+            flags: Arguments of the workload besides the story's own.
+            fresh: Start a new interpreter instead of a fork of the nursery.
+            limits: `file_size_limit` in bytes, `user` to become; not with `fresh`.
+            variables: Environment variables.
+        """
         number = len(self.lives) + 1
         stdout, stderr = self.directory / f"{number}.out", self.directory / f"{number}.err"
         arguments = ["--run", str(self.run), "--trace", str(self.trace), *self.flags, *flags]
@@ -134,14 +143,22 @@ class Story:
                 environment=variables,
                 stdout=str(stdout),
                 stderr=str(stderr),
+                **(limits or {}),
             )
             life = Life(pid, lambda: self.nursery.ask(do="poll", pid=pid), stdout, stderr)
         self.lives.append(life)
         return life
 
-    def live(self, *flags: str, code: int = 0, fresh: bool = False, **variables: str) -> Life:
+    def live(
+        self,
+        *flags: str,
+        code: int = 0,
+        fresh: bool = False,
+        limits: Mapping[str, int] | None = None,
+        **variables: str,
+    ) -> Life:
         """Start a life and wait for the end that it should come to."""
-        life = self.start(*flags, fresh=fresh, **variables)
+        life = self.start(*flags, fresh=fresh, limits=limits, **variables)
         found = life.wait()
         assert found == code, f"exit code {found} instead of {code}:\n{life.words}"
         return life

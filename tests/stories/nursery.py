@@ -10,6 +10,7 @@ Reads requests from stdin, one JSON object a line; answers each with one line on
 
 import json
 import os
+import resource
 import runpy
 import sys
 from collections.abc import Mapping
@@ -37,6 +38,11 @@ def become(request: Mapping[str, Any]) -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.environ.update(request["environment"])
+    if "file_size_limit" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"], resource.RLIM_INFINITY))
+    if "user" in request:
+        os.setgid(request["user"])
+        os.setuid(request["user"])
     script = request["script"]
     sys.argv = [script, *request["arguments"]]
     sys.path[0] = str(Path(script).parent)

@@ -69,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slow-ms", type=float, default=0, help="time that an item takes to load")
     add("--pause-ms", type=float, default=0, help="time that a step takes besides the work")
     add("--walltime", default=None)
+    add("--requeue-code", type=int, default=75)
     add(
         "--kill",
         default=None,
@@ -293,6 +294,8 @@ def open_run(options: argparse.Namespace, parts: dict[str, Any], data: Items) ->
         more["data_fingerprint"] = hashed(data.features)
     if options.walltime:
         more["walltime"] = options.walltime
+    if options.requeue_code != 75:
+        more["requeue_code"] = options.requeue_code
     if options.allow:
         more["allow"] = options.allow.split(",")
     checkpoint: Any = options.checkpoint or Policy(epoch_ends=True)
