@@ -14,12 +14,17 @@
 //! # Ok::<(), unbroken::error::Error>(())
 //! ```
 
+pub mod cause;
 pub mod digest;
+pub mod elements;
 pub mod error;
 pub mod format;
+pub mod journal;
 pub mod key;
+pub mod run;
 pub mod state;
 pub mod storage;
+pub mod store;
 
 pub use digest::{Digest, Fingerprint};
 pub use error::{Error, Result};

@@ -1,0 +1,789 @@
+//! A run on disk: its lock, its newest whole checkpoint, and the proof that a step executed again is the same step.
+//!
+//! Touches: one [`Directory`] and everything in it, the clock, the system's randomness for a new run's id. Nothing is
+//! changed before the directory is known to be this run's (or nobody's) and the lock is held.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::format::journal::{Component, Record, SegmentHeader};
+use crate::format::{FORMAT_VERSION, Flaw};
+use crate::journal::{self, Boundary, JOURNAL, Journal, Writer};
+use crate::state::Value;
+use crate::storage::disk::DiskStorage;
+use crate::storage::{Claim, Directory, Lock, Storage, not_found};
+use crate::store::{self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP};
+
+const CONFIG: &str = "run.toml";
+const LOCK: &str = "lock";
+/// The largest run.toml that is read, in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// How to open a run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Seed of a new run; `None` draws one. A run that is there must have the same.
+    pub seed: Option<u64>,
+    /// Recorded in `run.toml` at creation only: text, integers, floats and booleans by name.
+    pub settings: Vec<(String, Value)>,
+    /// Refuse a damaged newest checkpoint instead of falling back to the next older one.
+    pub strict: bool,
+}
+
+/// The first component in which a step executed again differs from the journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Step of the boundary.
+    pub step: u64,
+    /// Phase of the boundary.
+    pub phase: u8,
+    /// Which component.
+    pub component: String,
+    /// What an earlier life recorded.
+    pub expected: String,
+    /// What this life found.
+    pub found: String,
+}
+
+/// Who a run is, from its `run.toml`.
+#[derive(Clone, Debug, PartialEq)]
+struct Config {
+    id: String,
+    seed: u64,
+    created: String,
+    settings: Vec<(String, Value)>,
+}
+
+/// What a directory is before anything in it is changed.
+enum Nature {
+    /// Nothing, or what a creation that was cut short left.
+    Fresh,
+    Run(Config),
+}
+
+/// A run on disk, held by one writer. All methods take `&self`: one thread may commit while another records.
+#[derive(Debug)]
+pub struct Run {
+    directory: Directory,
+    config: Config,
+    life: u32,
+    resumed_from: Option<Checkpoint>,
+    rejected: Vec<(String, String)>,
+    warnings: Vec<String>,
+    recorded_until: u64,
+    /// What earlier lives recorded after `resumed_from` and this one has not reached yet.
+    recorded: Mutex<HashMap<(u64, u8), Boundary>>,
+    journal: Mutex<Pen>,
+    store: Mutex<Store>,
+    lock: Mutex<Option<Box<dyn Lock>>>,
+    /// The process that opened it: a fork of it must not write.
+    pid: u32,
+}
+
+/// The journal's state in this life.
+#[derive(Debug)]
+enum Pen {
+    /// `begin` was not called.
+    Idle,
+    Writing {
+        writer: Writer,
+        /// The last boundary of this life; the one that it started from at first.
+        last: Option<(u64, u8)>,
+    },
+    Closed,
+}
+
+fn now() -> String {
+    jiff::Timestamp::now().to_string()
+}
+
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic in our own code while it was held: what it guards is only ever replaced whole.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Run {
+    /// Opens or creates a run directory and takes its lock.
+    ///
+    /// Every byte of the newest checkpoint is read before it becomes [`Run::resumed_from`]; a damaged one is passed
+    /// over for the next older one.
+    ///
+    /// # Durability
+    ///
+    /// On return a new run's directory and `run.toml` survive a power cut.
+    ///
+    /// # Errors
+    ///
+    /// `Locked`; `Identity` for another seed; `Format` for a directory that is no run or of an unknown version;
+    /// `NoWholeCheckpoint`; with `strict` the damage of the newest one. Nothing is changed then.
+    pub fn open(path: &Path, options: &Options) -> Result<Run> {
+        check_settings(&options.settings)?;
+        let opened = match DiskStorage::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                DiskStorage::create(path).map_err(|error| Error::io("create directory", path, error))?
+            }
+            opened => opened.map_err(|error| Error::io("open directory", path, error))?,
+        };
+        Run::open_on(Arc::new(opened), options)
+    }
+
+    /// Opens or creates a run on any storage. See [`Run::open`].
+    pub fn open_on(storage: Arc<dyn Storage>, options: &Options) -> Result<Run> {
+        check_settings(&options.settings)?;
+        let directory = Directory::new(storage);
+        // Looked at before the lock's file is made: a directory that is not ours stays as it is.
+        check_seed(&directory, &inspect(&directory)?, options)?;
+        let lock = match directory.lock(LOCK)? {
+            Claim::Held(lock) => lock,
+            Claim::Refused(holder) => {
+                return Err(Error::Locked {
+                    path: directory.path(LOCK),
+                    holder,
+                });
+            }
+        };
+        let nature = inspect(&directory)?; // Somebody may have made it a run meanwhile.
+        check_seed(&directory, &nature, options)?;
+        let config = match nature {
+            Nature::Run(config) => config,
+            Nature::Fresh => create(&directory, options)?,
+        };
+        Run::resume(directory, config, lock, options.strict)
+    }
+
+    /// Finds the newest whole checkpoint and what the journal holds behind it.
+    fn resume(directory: Directory, config: Config, lock: Box<dyn Lock>, strict: bool) -> Result<Run> {
+        let mut survey = store::survey(&directory, &config.id)?;
+        let resumed_from = choose(&mut survey)?;
+        let boundary = resumed_from
+            .as_ref()
+            .map(|checkpoint| (checkpoint.info().step, checkpoint.info().phase));
+        let (newer, older): (Vec<_>, Vec<_>) = std::mem::take(&mut survey.rejected)
+            .into_iter()
+            .partition(|(name, ..)| boundary.is_none_or(|boundary| (name.step, name.phase) >= boundary));
+        let told = |(_, name, error): &(_, String, Error)| (name.clone(), error.to_string());
+        let mut rejected: Vec<(String, String)> = newer.iter().map(told).collect();
+        if strict && let Some((_, _, error)) = newer.into_iter().next() {
+            return Err(error);
+        }
+        let journal = journal::read(&directory, &config.id, boundary)?;
+        if resumed_from.is_none() {
+            refuse_what_was_lost(&directory, &journal, &mut rejected)?;
+        }
+
+        let mut warnings = journal.warnings.clone();
+        let foreign = survey.foreign.iter().map(|checkpoint| checkpoint.info());
+        warnings.extend(
+            foreign.map(|info| format!("checkpoint `{}` is of run {}; left alone", info.name, info.run_id)),
+        );
+        warnings.extend(
+            survey
+                .unknown
+                .iter()
+                .map(|name| format!("`{CHECKPOINTS}/{name}` is no checkpoint; left alone")),
+        );
+        warnings.extend(
+            older
+                .iter()
+                .map(|(_, name, error)| format!("the older checkpoint `{name}` is not whole: {error}")),
+        );
+        if let Some(checkpoint) = &resumed_from
+            && !journal.has_head(&checkpoint.info().journal_head)
+        {
+            let name = &checkpoint.info().name;
+            warnings.push(format!(
+                "the journal does not hold the record that checkpoint `{name}` was made at"
+            ));
+        }
+
+        for name in [CHECKPOINTS, OBJECTS, JOURNAL, TMP] {
+            directory.create_dir(name)?;
+        }
+        directory.sync_dir("")?;
+        match store::sweep(&directory, &survey)? {
+            0 => {}
+            count => warnings.push(format!(
+                "removed {count} left-over files of commits that were cut short"
+            )),
+        }
+        let mut store = Store::new(directory.clone(), config.id.clone(), &survey.whole);
+        if let Some(checkpoint) = &resumed_from {
+            store.trust(checkpoint);
+        }
+        let lives = survey.whole.iter().map(|checkpoint| checkpoint.info().life);
+        let life = lives.max().unwrap_or(0).max(journal.last_life) + 1;
+        let from = boundary.map_or(0, |(step, _)| step);
+        let recorded_until = journal
+            .boundaries
+            .last()
+            .map_or(from, |boundary| boundary.step.max(from));
+        let recorded = journal
+            .boundaries
+            .into_iter()
+            .map(|entry| ((entry.step, entry.phase), entry))
+            .collect();
+        Ok(Run {
+            directory,
+            config,
+            life,
+            resumed_from,
+            rejected,
+            warnings,
+            recorded_until,
+            recorded: Mutex::new(recorded),
+            journal: Mutex::new(Pen::Idle),
+            store: Mutex::new(store),
+            lock: Mutex::new(Some(lock)),
+            pid: std::process::id(),
+        })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        self.directory.location()
+    }
+
+    /// Its name, 32 hexadecimal digits, drawn at creation.
+    pub fn id(&self) -> &str {
+        &self.config.id
+    }
+
+    /// Its seed.
+    pub fn seed(&self) -> u64 {
+        self.config.seed
+    }
+
+    /// When it was created, as an RFC 3339 timestamp.
+    pub fn created(&self) -> &str {
+        &self.config.created
+    }
+
+    /// What was recorded at its creation.
+    pub fn settings(&self) -> &[(String, Value)] {
+        &self.config.settings
+    }
+
+    /// Process lives before this one plus one.
+    pub fn life(&self) -> u32 {
+        self.life
+    }
+
+    /// The newest whole checkpoint at open, every byte of it read; `None` for a new run.
+    pub fn resumed_from(&self) -> Option<&Checkpoint> {
+        self.resumed_from.as_ref()
+    }
+
+    /// (checkpoint name, why) of each newer one that was not whole, newest first.
+    pub fn rejected(&self) -> &[(String, String)] {
+        &self.rejected
+    }
+
+    /// What opening found and left alone, and how many left-overs it swept.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Highest step that earlier lives recorded after `resumed_from`; its own step if none.
+    pub fn recorded_until(&self) -> u64 {
+        self.recorded_until
+    }
+
+    /// Starts this life's journal segment at `resumed_from`. Nothing is written to the journal before.
+    ///
+    /// # Durability
+    ///
+    /// On return the segment's name and header survive a power cut.
+    pub fn begin(&self) -> Result<()> {
+        self.check_lock()?;
+        let mut pen = guard(&self.journal);
+        match &*pen {
+            Pen::Idle => {}
+            Pen::Writing { .. } => return Err(Error::invalid("the run has begun already")),
+            Pen::Closed => return Err(closed()),
+        }
+        let from = self.resumed_from.as_ref().map(Checkpoint::info);
+        let header = SegmentHeader {
+            run_id: self.config.id.clone(),
+            life: self.life,
+            step: from.map_or(0, |info| info.step),
+            phase: from.map_or(0, |info| info.phase),
+            previous: from.map_or(Digest([0; 32]), |info| info.journal_head),
+            created: now(),
+        };
+        let writer = Writer::begin(&self.directory, &header)?;
+        *pen = Pen::Writing {
+            writer,
+            last: from.map(|info| (info.step, info.phase)),
+        };
+        Ok(())
+    }
+
+    /// Appends one boundary's record, and compares it with what earlier lives recorded for the same boundary.
+    ///
+    /// # Durability
+    ///
+    /// On return the operating system has it: it survives a kill, not a power cut. The next commit syncs it.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` where the boundary does not come after the last one. After an `Io` error the same record may be given
+    /// again.
+    pub fn record(
+        &self,
+        step: u64,
+        phase: u8,
+        epoch: u64,
+        position: u64,
+        components: Vec<(String, Component)>,
+    ) -> Result<Option<Difference>> {
+        let found = Boundary {
+            step,
+            phase,
+            epoch,
+            position,
+            components,
+            lives: Vec::new(),
+        };
+        {
+            let mut pen = guard(&self.journal);
+            let (writer, last) = self.writing(&mut pen)?;
+            // A run's first boundary may be recorded; a boundary that a life starts from was recorded by another.
+            if last.is_some_and(|last| (step, phase) <= last) {
+                let (before, before_phase) = last.expect("just looked at");
+                return Err(Error::invalid(format!(
+                    "boundary ({step}, {phase}) does not come after ({before}, {before_phase})"
+                )));
+            }
+            let components = found.components.clone();
+            writer.append(Record::Boundary {
+                step,
+                phase,
+                epoch,
+                position,
+                components,
+            })?;
+            *last = Some((step, phase));
+        }
+        let Some(recorded) = guard(&self.recorded).remove(&(step, phase)) else {
+            return Ok(None);
+        };
+        Ok(
+            journal::first_difference(&recorded, &found).map(|(component, expected, found)| Difference {
+                step,
+                phase,
+                component,
+                expected,
+                found,
+            }),
+        )
+    }
+
+    /// Appends what is not a step: an override, a signal, a resume, a mark. Same durability as [`Run::record`].
+    pub fn event(&self, kind: &str, step: u64, fields: Vec<(String, Value)>) -> Result<()> {
+        let mut pen = guard(&self.journal);
+        let (writer, _) = self.writing(&mut pen)?;
+        writer.append(Record::Event {
+            kind: kind.to_owned(),
+            step,
+            fields,
+            time: now(),
+        })
+    }
+
+    /// Writes one checkpoint. Legal from [`Run::begin`] on.
+    ///
+    /// # Durability
+    ///
+    /// On return the checkpoint and the journal up to its boundary survive a power cut.
+    ///
+    /// # Errors
+    ///
+    /// Nothing that was committed before is touched. A full disk's error has the bytes needed and free.
+    pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
+        self.check_lock()?;
+        let (step, phase) = (commit.step, commit.phase);
+        let mut store = guard(&self.store);
+        if let Some(newest) = store.newest_boundary()
+            && (step, phase) < newest
+        {
+            let text = format!("boundary ({step}, {phase}) is before the newest checkpoint's, {newest:?}");
+            return Err(Error::invalid(text));
+        }
+        // The manifest names the journal's head, so the head is made durable first. Recording may go on meanwhile.
+        let (journal_head, syncer) = {
+            let mut pen = guard(&self.journal);
+            let (writer, _) = self.writing(&mut pen)?;
+            let syncer = writer.syncer()?;
+            (writer.head_at(step, phase), syncer)
+        };
+        if let Err(error) = syncer.sync() {
+            if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
+                writer.doubt();
+            }
+            return Err(error);
+        }
+        let info = store.commit(commit, self.life, now(), journal_head)?;
+        if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
+            writer.forget_before(step, phase);
+        }
+        Ok(info)
+    }
+
+    /// Deletes checkpoints that the policy does not keep, and returns their names, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// The newest checkpoint is read in full before anything goes; its damage is an error, and nothing goes.
+    pub fn prune(&self, policy: &Retention, dry_run: bool) -> Result<Vec<String>> {
+        self.check_lock()?;
+        guard(&self.store).prune(policy, dry_run)
+    }
+
+    /// This run's whole checkpoints, oldest first.
+    pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        guard(&self.store).checkpoints()
+    }
+
+    /// Closes the journal and gives the lock back. Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// Where the journal cannot be synced; it is closed and the lock is given back all the same.
+    pub fn close(&self) -> Result<()> {
+        let mut pen = guard(&self.journal);
+        let synced = match std::mem::replace(&mut *pen, Pen::Closed) {
+            Pen::Writing { mut writer, .. } if self.pid == std::process::id() => {
+                writer.syncer().and_then(|syncer| syncer.sync())
+            }
+            _ => Ok(()),
+        };
+        drop(pen);
+        // A commit that is under way has the store; the lock must not go before it is done.
+        let _store = guard(&self.store);
+        guard(&self.lock).take();
+        synced
+    }
+
+    fn check_lock(&self) -> Result<()> {
+        match &*guard(&self.lock) {
+            Some(lock) => lock
+                .check()
+                .map_err(|error| Error::io("keep the lock", self.directory.path(LOCK), error)),
+            None => Err(closed()),
+        }
+    }
+
+    fn writing<'a>(&self, pen: &'a mut Pen) -> Result<(&'a mut Writer, &'a mut Option<(u64, u8)>)> {
+        if self.pid != std::process::id() {
+            return Err(Error::invalid(
+                "this process is a fork of the one that opened the run; only that one writes",
+            ));
+        }
+        match pen {
+            Pen::Writing { writer, last } => Ok((writer, last)),
+            Pen::Idle => Err(Error::invalid("the run has not begun: call begin first")),
+            Pen::Closed => Err(closed()),
+        }
+    }
+}
+
+fn closed() -> Error {
+    Error::invalid("the run is closed")
+}
+
+/// Takes the newest checkpoint of which every byte is as committed; those before it become rejected.
+fn choose(survey: &mut store::Survey) -> Result<Option<Checkpoint>> {
+    let mut damaged = 0;
+    for checkpoint in &survey.whole {
+        match checkpoint.verify() {
+            Ok(()) => break,
+            Err(error) if store::is_damage(&error) => {
+                let info = checkpoint.info();
+                let name = crate::format::manifest::parse_checkpoint_name(&info.name);
+                let name = name.expect("a surveyed checkpoint has a checkpoint's name");
+                survey.rejected.push((name, info.name.clone(), error));
+                damaged += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    survey.whole.drain(..damaged);
+    survey.rejected.sort_by(|(a, ..), (b, ..)| b.cmp(a));
+    Ok(survey.whole.first().cloned())
+}
+
+/// Without a whole checkpoint, only a run that never had one may start: anything else would be a silent fresh start.
+fn refuse_what_was_lost(
+    directory: &Directory,
+    journal: &Journal,
+    rejected: &mut Vec<(String, String)>,
+) -> Result<()> {
+    if rejected.is_empty() {
+        let why = match journal.last {
+            Some((step, _)) if step > 0 => {
+                format!("no manifest, though the journal has records up to step {step}")
+            }
+            _ if journal.unreadable => "no manifest, and a journal that cannot be read".to_owned(),
+            _ => return Ok(()),
+        };
+        rejected.push((CHECKPOINTS.to_owned(), why));
+    }
+    Err(Error::NoWholeCheckpoint {
+        path: directory.location().to_path_buf(),
+        rejected: std::mem::take(rejected),
+    })
+}
+
+fn check_settings(settings: &[(String, Value)]) -> Result<()> {
+    let plain = |value: &Value| {
+        matches!(
+            value,
+            Value::Str(_) | Value::Int(_) | Value::Float(_) | Value::Bool(_)
+        )
+    };
+    match settings.iter().find(|(_, value)| !plain(value)) {
+        Some((name, _)) => Err(Error::invalid(format!(
+            "setting `{name}` must be text, an integer, a float or a boolean"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn check_seed(directory: &Directory, nature: &Nature, options: &Options) -> Result<()> {
+    if let (Nature::Run(config), Some(seed)) = (nature, options.seed)
+        && config.seed != seed
+    {
+        let differences = vec![("seed".to_owned(), config.seed.to_string(), seed.to_string())];
+        return Err(Error::Identity {
+            path: directory.location().to_path_buf(),
+            differences,
+        });
+    }
+    Ok(())
+}
+
+/// Says what a directory is, changing nothing.
+fn inspect(directory: &Directory) -> Result<Nature> {
+    if let Some(config) = read_config(directory)? {
+        return Ok(Nature::Run(config));
+    }
+    for name in directory.list("")? {
+        let leftover = match name.as_str() {
+            LOCK | TMP => true,
+            CHECKPOINTS | OBJECTS | JOURNAL => matches!(directory.list(&name), Ok(names) if names.is_empty()),
+            _ => false,
+        };
+        if !leftover {
+            let what = format!("not a run directory: it holds `{name}` and no {CONFIG}");
+            return Err(Error::Format {
+                path: Some(directory.location().to_path_buf()),
+                what,
+            });
+        }
+    }
+    Ok(Nature::Fresh)
+}
+
+/// Makes an empty directory a run; `run.toml` last, because it is what makes it one.
+fn create(directory: &Directory, options: &Options) -> Result<Config> {
+    let seed = match options.seed {
+        Some(seed) => seed,
+        None => u64::from_str_radix(&store::random_name()?[..16], 16).expect("hexadecimal digits"),
+    };
+    let config = Config {
+        id: store::random_name()?,
+        seed,
+        created: now(),
+        settings: options.settings.clone(),
+    };
+    for name in [CHECKPOINTS, OBJECTS, JOURNAL, TMP] {
+        directory.create_dir(name)?;
+    }
+    let temporary = store::temporary_name()?;
+    let mut file = directory.create_new(&temporary)?;
+    file.write_all(write_config(&config).as_bytes())?;
+    file.sync()?;
+    directory.rename_new(&temporary, CONFIG)?;
+    directory.sync_dir("")?;
+    Ok(config)
+}
+
+fn write_config(config: &Config) -> String {
+    let settings = config.settings.iter().map(|(name, value)| {
+        let value = match value {
+            Value::Str(text) => toml::Value::String(text.clone()),
+            Value::Int(number) => toml::Value::Integer(*number),
+            Value::Float(bits) => toml::Value::Float(f64::from_bits(*bits)),
+            Value::Bool(flag) => toml::Value::Boolean(*flag),
+            other => unreachable!("settings were checked at open, and here is {other:?}"),
+        };
+        (name.clone(), value)
+    });
+    let mut table = toml::Table::new();
+    table.insert(
+        "format".to_owned(),
+        toml::Value::Integer(i64::from(FORMAT_VERSION)),
+    );
+    table.insert("id".to_owned(), toml::Value::String(config.id.clone()));
+    table.insert("seed".to_owned(), toml::Value::String(config.seed.to_string()));
+    table.insert("created".to_owned(), toml::Value::String(config.created.clone()));
+    table.insert("settings".to_owned(), toml::Value::Table(settings.collect()));
+    format!("# Who this run is. Written once by unbroken; do not edit.\n{table}")
+}
+
+/// Reads `run.toml`; `None` where there is none.
+fn read_config(directory: &Directory) -> Result<Option<Config>> {
+    let bytes = match directory.read_all(CONFIG, MAX_CONFIG) {
+        Err(error) if not_found(&error) => return Ok(None),
+        bytes => bytes?,
+    };
+    let flawed = |flaw: Flaw| flaw.at(directory.path(CONFIG));
+    let malformed = |what: String| flawed(Flaw::Malformed { what });
+    let text = String::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8".to_owned()))?;
+    let table: toml::Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| malformed(error.message().to_owned()))?;
+    match table.get("format").and_then(toml::Value::as_integer) {
+        Some(version) if version == i64::from(FORMAT_VERSION) => {}
+        Some(version) => {
+            let what =
+                format!("a run of format version {version}; this release reads version {FORMAT_VERSION}");
+            return Err(malformed(what));
+        }
+        None => return Err(malformed("it has no integer `format`".to_owned())),
+    }
+    let text_of = |name: &str| {
+        let text = table.get(name).and_then(toml::Value::as_str).map(str::to_owned);
+        text.ok_or_else(|| malformed(format!("it has no text `{name}`")))
+    };
+    let id = text_of("id")?;
+    if !(1..=64).contains(&id.len())
+        || !id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    {
+        return Err(malformed(
+            "its `id` is not 1 to 64 letters, digits and hyphens".to_owned(),
+        ));
+    }
+    let seed = text_of("seed")?
+        .parse()
+        .map_err(|_| malformed("its `seed` is no number below 2^64".to_owned()))?;
+    let mut settings = Vec::new();
+    for (name, value) in table
+        .get("settings")
+        .and_then(toml::Value::as_table)
+        .into_iter()
+        .flatten()
+    {
+        let value = match value {
+            toml::Value::String(text) => Value::Str(text.clone()),
+            toml::Value::Integer(number) => Value::Int(*number),
+            toml::Value::Float(number) => Value::Float(number.to_bits()),
+            toml::Value::Boolean(flag) => Value::Bool(*flag),
+            _ => {
+                return Err(malformed(format!(
+                    "its setting `{name}` is of a type that is never written"
+                )));
+            }
+        };
+        settings.push((name.clone(), value));
+    }
+    Ok(Some(Config {
+        id,
+        seed,
+        created: text_of("created")?,
+        settings,
+    }))
+}
+
+/// Opens the directory of a run for reading, without a lock.
+fn open_to_read(path: &Path) -> Result<(Directory, Config)> {
+    let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
+    let directory = Directory::new(Arc::new(storage));
+    match read_config(&directory)? {
+        Some(config) => Ok((directory, config)),
+        None => {
+            let what = format!("not a run directory: it has no {CONFIG}");
+            Err(Error::Format {
+                path: Some(path.to_path_buf()),
+                what,
+            })
+        }
+    }
+}
+
+/// Opens a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).
+///
+/// # Errors
+///
+/// `NoWholeCheckpoint` for a run without one; for a manifest's path its damage. Given a run directory, every byte of
+/// the checkpoint was read; given a manifest, its tensors are verified as they are read.
+pub fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
+    if !path.is_dir() {
+        return Checkpoint::open(path);
+    }
+    let (directory, config) = open_to_read(path)?;
+    let mut survey = store::survey(&directory, &config.id)?;
+    if let Some(checkpoint) = choose(&mut survey)? {
+        return Ok(checkpoint);
+    }
+    let rejected = survey
+        .rejected
+        .iter()
+        .map(|(_, name, error)| (name.clone(), error.to_string()))
+        .collect();
+    Err(Error::NoWholeCheckpoint {
+        path: path.to_path_buf(),
+        rejected,
+    })
+}
+
+/// What can be said of a run directory without its lock: its checkpoints, oldest first, and what is not whole.
+#[derive(Debug)]
+pub struct Overview {
+    /// Its id.
+    pub id: String,
+    /// Its seed.
+    pub seed: u64,
+    /// When it was created, as an RFC 3339 timestamp.
+    pub created: String,
+    /// What was recorded at its creation.
+    pub settings: Vec<(String, Value)>,
+    /// Checkpoints with whole manifests and packs that are there, oldest first; their tensors were not read.
+    pub checkpoints: Vec<Checkpoint>,
+    /// (name, why) of those that are not whole, newest first.
+    pub rejected: Vec<(String, Error)>,
+    /// Checkpoints of other runs.
+    pub foreign: Vec<Checkpoint>,
+}
+
+/// Looks at a run directory without its lock, changing nothing.
+pub fn read_run(path: &Path) -> Result<Overview> {
+    let (directory, config) = open_to_read(path)?;
+    let mut survey = store::survey(&directory, &config.id)?;
+    survey.whole.reverse();
+    Ok(Overview {
+        id: config.id,
+        seed: config.seed,
+        created: config.created,
+        settings: config.settings,
+        checkpoints: survey.whole,
+        rejected: survey
+            .rejected
+            .into_iter()
+            .map(|(_, name, error)| (name, error))
+            .collect(),
+        foreign: survey.foreign,
+    })
+}
+
+/// Reads and joins the journal of a run directory, without a lock.
+pub fn read_journal(path: &Path) -> Result<Journal> {
+    let (directory, config) = open_to_read(path)?;
+    journal::read(&directory, &config.id, None)
+}

@@ -1,0 +1,531 @@
+//! Checkpoints: packs written once, a manifest published by rename, damage found before bytes are handed out.
+//!
+//! Touches: one [`Directory`], in `checkpoints/`, `objects/` and `tmp/`; the clock and the system's randomness for
+//! names. Nothing that was committed is written again. The order of a commit is the whole proof: packs, their sync,
+//! their names, the names' sync; then the same for the manifest. Any prefix of it leaves garbage, never damage.
+
+mod read;
+mod retention;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::format::manifest::{self, Manifest, PackEntry};
+use crate::format::pack;
+use crate::state::{Tensor, Value};
+use crate::storage::Directory;
+use crate::storage::disk::DiskStorage;
+
+pub use retention::{Best, Order, Retention};
+pub use write::Commit;
+
+/// Directory of the manifests.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
+/// Directory of the packs.
+pub(crate) const OBJECTS: &str = "objects";
+/// Directory of files that have no name yet.
+pub(crate) const TMP: &str = "tmp";
+
+/// The largest manifest that is read, in bytes: the largest encoded value and what surrounds it.
+const MAX_MANIFEST: u64 = crate::format::value::MAX_ENCODED as u64 + (1 << 20);
+
+/// What a manifest says of its checkpoint, without its tree.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointInfo {
+    /// Optimizer updates so far.
+    pub step: u64,
+    /// 0: after a step inside an epoch. 1: an epoch's after-work is done. 2: the run is finished.
+    pub phase: u8,
+    /// Its file name in `checkpoints/`.
+    pub name: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// Which run it belongs to.
+    pub run_id: String,
+    /// Process life that wrote it.
+    pub life: u32,
+    /// When, as an RFC 3339 timestamp.
+    pub created: String,
+    /// Logged numbers by name.
+    pub metrics: Vec<(String, f64)>,
+    /// What the bits may depend on.
+    pub environment: Vec<(String, Value)>,
+    /// What may not change.
+    pub identity: Vec<(String, Value)>,
+    /// Whether retention must keep it.
+    pub pinned: bool,
+    /// Chain hash of the journal at its boundary.
+    pub journal_head: Digest,
+    /// Bytes of all storages that it refers to.
+    pub size_bytes: u64,
+    /// Bytes that it added to the disk, its manifest excluded.
+    pub new_bytes: u64,
+}
+
+impl CheckpointInfo {
+    fn new(directory: &Directory, name: &str, manifest: &Manifest) -> Self {
+        Self {
+            step: manifest.step,
+            phase: manifest.phase,
+            name: name.to_owned(),
+            path: directory.path(&format!("{CHECKPOINTS}/{name}")),
+            run_id: manifest.run_id.clone(),
+            life: manifest.life,
+            created: manifest.created.clone(),
+            metrics: manifest
+                .metrics
+                .iter()
+                .map(|(name, bits)| (name.clone(), f64::from_bits(*bits)))
+                .collect(),
+            environment: manifest.environment.clone(),
+            identity: manifest.identity.clone(),
+            pinned: manifest.pinned,
+            journal_head: manifest.journal_head,
+            size_bytes: manifest.storages.iter().map(|storage| storage.length).sum(),
+            new_bytes: manifest.new_bytes,
+        }
+    }
+
+    /// What newest means: later boundaries, and of one boundary the later life's.
+    fn age(&self) -> (u64, u8, u32, &str, &str) {
+        (self.step, self.phase, self.life, &self.created, &self.name)
+    }
+}
+
+/// One committed checkpoint, its manifest verified. Its tensors are verified as they are read.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    directory: Directory,
+    info: Arc<CheckpointInfo>,
+    manifest: Arc<Manifest>,
+}
+
+impl Checkpoint {
+    /// What its manifest says of it.
+    pub fn info(&self) -> &CheckpointInfo {
+        &self.info
+    }
+
+    /// The state.
+    pub fn tree(&self) -> &Value {
+        &self.manifest.tree
+    }
+
+    /// The whole manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// (length in bytes, digest) of each storage.
+    pub fn storages(&self) -> Vec<(u64, Digest)> {
+        self.manifest
+            .storages
+            .iter()
+            .map(|storage| (storage.length, storage.digest))
+            .collect()
+    }
+
+    /// Opens a checkpoint by its manifest's path, wherever the run directory lies. Needs no lock.
+    ///
+    /// # Errors
+    ///
+    /// Damage of the manifest, or of a pack's length or header.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        let parts = path.file_name().and_then(|name| name.to_str()).zip(path.parent());
+        let Some((name, dir)) = parts else {
+            return Err(Error::invalid(format!(
+                "{} is not the path of a checkpoint",
+                path.display()
+            )));
+        };
+        let above = dir.parent().filter(|_| dir.ends_with(CHECKPOINTS));
+        let Some(above) = above else {
+            return Err(Error::Format {
+                path: Some(path.to_path_buf()),
+                what: format!("a checkpoint lies in a run's `{CHECKPOINTS}`"),
+            });
+        };
+        let above = if above.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            above
+        };
+        let storage = DiskStorage::open(above).map_err(|error| Error::io("open directory", above, error))?;
+        let checkpoint = Checkpoint::load(&Directory::new(Arc::new(storage)), name)?;
+        checkpoint.check_packs()?;
+        Ok(checkpoint)
+    }
+
+    /// Reads and verifies a manifest; its packs are looked at by [`Checkpoint::check_packs`].
+    fn load(directory: &Directory, name: &str) -> Result<Checkpoint> {
+        let file = format!("{CHECKPOINTS}/{name}");
+        let bytes = directory.read_all(&file, MAX_MANIFEST)?;
+        let (manifest, digest) = manifest::decode(&bytes).map_err(|flaw| flaw.at(directory.path(&file)))?;
+        let expected = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
+        if name != expected {
+            let (path, part) = (directory.path(&file), "name".to_owned());
+            return Err(Error::Damaged {
+                path,
+                part,
+                expected,
+                found: name.to_owned(),
+            });
+        }
+        let info = Arc::new(CheckpointInfo::new(directory, name, &manifest));
+        Ok(Checkpoint {
+            directory: directory.clone(),
+            info,
+            manifest: Arc::new(manifest),
+        })
+    }
+}
+
+/// Whether an error means that a checkpoint is not whole, rather than that looking at it did not work this time.
+pub(crate) fn is_damage(error: &Error) -> bool {
+    match error {
+        Error::Damaged { .. } | Error::Format { .. } => true,
+        Error::Io { source, .. } => {
+            let kinds = [
+                io::ErrorKind::NotFound,
+                io::ErrorKind::UnexpectedEof,
+                io::ErrorKind::InvalidInput, // Not a plain file.
+                io::ErrorKind::FileTooLarge,
+            ];
+            // A device that cannot read a sector will not read it next time.
+            kinds.contains(&source.kind())
+                || source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+        }
+        _ => false,
+    }
+}
+
+/// What is in `checkpoints/`.
+#[derive(Debug, Default)]
+pub(crate) struct Survey {
+    /// This run's checkpoints with verified manifests and packs that are there, newest first.
+    pub whole: Vec<Checkpoint>,
+    /// Names that should be checkpoints and are not whole, newest first, and why.
+    pub rejected: Vec<(manifest::CheckpointName, String, Error)>,
+    /// Whole manifests of other runs.
+    pub foreign: Vec<Checkpoint>,
+    /// Names that are none of ours.
+    pub unknown: Vec<String>,
+    /// Packs that any readable manifest refers to, rejected ones included.
+    pub referenced: BTreeSet<String>,
+    /// Whether every file is accounted for: all manifests could be read. No pack may be deleted otherwise.
+    pub complete: bool,
+}
+
+/// Looks at every manifest.
+///
+/// # Errors
+///
+/// Those that are not damage (no file descriptors left, no permission): nothing can be said then.
+pub(crate) fn survey(directory: &Directory, run_id: &str) -> Result<Survey> {
+    let mut survey = Survey {
+        complete: true,
+        ..Survey::default()
+    };
+    for name in directory.list_if_there(CHECKPOINTS)? {
+        let Some(parts) = manifest::parse_checkpoint_name(&name) else {
+            survey.unknown.push(name);
+            survey.complete = false;
+            continue;
+        };
+        let checkpoint = match Checkpoint::load(directory, &name) {
+            Ok(checkpoint) => checkpoint,
+            Err(error) if is_damage(&error) => {
+                survey.rejected.push((parts, name, error));
+                survey.complete = false;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        survey
+            .referenced
+            .extend(checkpoint.manifest.packs.iter().map(|pack| pack.name.clone()));
+        if checkpoint.info.run_id != run_id {
+            survey.foreign.push(checkpoint);
+            continue;
+        }
+        match checkpoint.check_packs() {
+            Ok(()) => survey.whole.push(checkpoint),
+            Err(error) if is_damage(&error) => survey.rejected.push((parts, name, error)),
+            Err(error) => return Err(error),
+        }
+    }
+    survey.whole.sort_by(|a, b| b.info.age().cmp(&a.info.age()));
+    survey.rejected.sort_by(|(a, ..), (b, ..)| b.cmp(a));
+    Ok(survey)
+}
+
+/// Where the bytes of a storage are, for those who would write them again.
+#[derive(Clone, Debug)]
+struct Place {
+    pack: PackEntry,
+    offset: u64,
+    /// Whether this process wrote or read these bytes. Others are read before anything new relies on them.
+    verified: bool,
+}
+
+/// The checkpoints of one run, for its one writer.
+#[derive(Debug)]
+pub struct Store {
+    directory: Directory,
+    run_id: String,
+    /// This run's whole checkpoints by name.
+    catalog: BTreeMap<String, Entry>,
+    places: HashMap<(Digest, u64), Place>,
+    /// Files of failed commits that could not be removed yet.
+    leftovers: Vec<String>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    info: Arc<CheckpointInfo>,
+    packs: Vec<PackEntry>,
+}
+
+impl Store {
+    /// Returns a store over a run's whole checkpoints. The caller holds the run's lock.
+    pub(crate) fn new(directory: Directory, run_id: String, whole: &[Checkpoint]) -> Store {
+        let mut store = Store {
+            directory,
+            run_id,
+            catalog: BTreeMap::new(),
+            places: HashMap::new(),
+            leftovers: Vec::new(),
+        };
+        for checkpoint in whole {
+            store.admit(checkpoint, false);
+        }
+        store
+    }
+
+    /// Takes note that every byte of a checkpoint was read.
+    pub(crate) fn trust(&mut self, checkpoint: &Checkpoint) {
+        self.admit(checkpoint, true);
+    }
+
+    fn admit(&mut self, checkpoint: &Checkpoint, verified: bool) {
+        let manifest = &checkpoint.manifest;
+        for storage in &manifest.storages {
+            let pack = manifest.packs[storage.pack as usize].clone();
+            let place = self
+                .places
+                .entry((storage.digest, storage.length))
+                .or_insert(Place {
+                    pack: pack.clone(),
+                    offset: storage.offset,
+                    verified: false,
+                });
+            if verified {
+                *place = Place {
+                    pack,
+                    offset: storage.offset,
+                    verified,
+                };
+            }
+        }
+        let entry = Entry {
+            info: Arc::clone(&checkpoint.info),
+            packs: manifest.packs.clone(),
+        };
+        self.catalog.insert(checkpoint.info.name.clone(), entry);
+    }
+
+    /// This run's checkpoints, oldest first.
+    pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        let mut infos: Vec<CheckpointInfo> =
+            self.catalog.values().map(|entry| (*entry.info).clone()).collect();
+        infos.sort_by(|a, b| a.age().cmp(&b.age()));
+        infos
+    }
+
+    /// (step, phase) of this run's newest checkpoint.
+    pub(crate) fn newest_boundary(&self) -> Option<(u64, u8)> {
+        self.newest().map(|entry| (entry.info.step, entry.info.phase))
+    }
+
+    fn newest(&self) -> Option<&Entry> {
+        self.catalog
+            .values()
+            .max_by(|a, b| a.info.age().cmp(&b.info.age()))
+    }
+}
+
+/// Removes what no manifest refers to: files without a name yet, packs of commits that never came to be.
+///
+/// Only names of our own making are touched, and packs only where every manifest could be read. Returns how many
+/// files went.
+pub(crate) fn sweep(directory: &Directory, survey: &Survey) -> Result<usize> {
+    let mut count = 0;
+    for name in directory.list_if_there(TMP)? {
+        if name.strip_suffix(".tmp").is_some_and(is_random_name) {
+            directory.remove(&format!("{TMP}/{name}"))?;
+            count += 1;
+        }
+    }
+    if survey.complete {
+        count += remove_packs(directory, &survey.referenced)?;
+    }
+    Ok(count)
+}
+
+/// Removes packs that are not `referenced`; the caller has seen every manifest. Returns how many went.
+fn remove_packs(directory: &Directory, referenced: &BTreeSet<String>) -> Result<usize> {
+    let names = directory.list_if_there(OBJECTS)?;
+    let garbage: Vec<String> = names
+        .into_iter()
+        .filter(|name| is_pack_name(name) && !referenced.contains(name))
+        .collect();
+    if !garbage.is_empty() {
+        // A manifest that was removed must not come back after a power cut that its pack does not survive.
+        directory.sync_dir(CHECKPOINTS)?;
+    }
+    for name in &garbage {
+        directory.remove(&format!("{OBJECTS}/{name}"))?;
+    }
+    Ok(garbage.len())
+}
+
+/// 32 hexadecimal digits that nothing else is called.
+pub(crate) fn random_name() -> Result<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| Error::Unsupported {
+        what: format!("randomness of the operating system ({error})"),
+    })?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A name below `tmp/`.
+pub(crate) fn temporary_name() -> Result<String> {
+    Ok(format!("{TMP}/{}.tmp", random_name()?))
+}
+
+fn is_random_name(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn is_pack_name(name: &str) -> bool {
+    name.strip_suffix(".safetensors").is_some_and(is_random_name)
+}
+
+/// Calls `visit` with each tensor leaf and its path, in the tree's order.
+pub(crate) fn walk(tree: &Value, visit: &mut dyn FnMut(&str, &Tensor)) {
+    descend(tree, &mut String::new(), 0, visit);
+}
+
+fn descend(value: &Value, path: &mut String, depth: usize, visit: &mut dyn FnMut(&str, &Tensor)) {
+    // Deeper trees are refused when they are encoded; looking for names must not overflow the stack before.
+    if depth > crate::format::value::MAX_DEPTH + 1 {
+        return;
+    }
+    match value {
+        Value::List(items) | Value::Tuple(items) | Value::Set(items) | Value::FrozenSet(items) => {
+            for (index, item) in items.iter().enumerate() {
+                below(&index.to_string(), item, path, depth, visit);
+            }
+        }
+        Value::Dict(items) => {
+            for (key, item) in items {
+                below(&key_text(key), item, path, depth, visit);
+            }
+        }
+        Value::Object { fields, .. } => {
+            for (name, item) in fields {
+                below(name, item, path, depth, visit);
+            }
+        }
+        Value::Tensor(tensor) => {
+            visit(path, tensor);
+            for (name, item) in &tensor.attrs {
+                below(name, item, path, depth, visit);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn below(part: &str, child: &Value, path: &mut String, depth: usize, visit: &mut dyn FnMut(&str, &Tensor)) {
+    let length = path.len();
+    if length > 0 {
+        path.push('/');
+    }
+    path.push_str(part);
+    descend(child, path, depth + 1, visit);
+    path.truncate(length);
+}
+
+/// A mapping's key as a part of a path.
+pub(crate) fn key_text(key: &Value) -> String {
+    match key {
+        Value::Str(text) => text.clone(),
+        Value::Int(number) => number.to_string(),
+        Value::Tuple(parts) => parts.iter().map(key_text).collect::<Vec<_>>().join(","),
+        Value::None => "None".to_owned(),
+        Value::Bool(flag) => if *flag { "True" } else { "False" }.to_owned(),
+        Value::Float(bits) => f64::from_bits(*bits).to_string(),
+        other => crate::format::value::digest_value(other).map_or("?".to_owned(), |digest| digest.short()),
+    }
+}
+
+/// Whether a tensor is its storage's bytes in order, from the first on.
+fn contiguous(tensor: &Tensor) -> bool {
+    let mut expected: i64 = 1;
+    for (&size, &stride) in tensor.shape.iter().zip(&tensor.strides).rev() {
+        if size != 1 {
+            if stride != expected {
+                return false;
+            }
+            expected = expected.saturating_mul(i64::try_from(size).unwrap_or(i64::MAX));
+        }
+    }
+    tensor.offset == 0
+}
+
+/// Path of the first leaf that views a storage, for messages.
+fn leaf_of(tree: &Value, storage: usize) -> String {
+    let mut found = None;
+    walk(tree, &mut |path, tensor| {
+        if tensor.storage as usize == storage && found.is_none() {
+            found = Some(path.to_owned());
+        }
+    });
+    found.unwrap_or_else(|| format!("storage {storage}"))
+}
+
+/// Names for new storages in a pack: their first leaf's path, made unique, and its look if it is the whole storage.
+fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[usize]) -> Vec<pack::PackTensor> {
+    let mut first: HashMap<usize, (String, Option<(String, Vec<u64>)>)> = HashMap::new();
+    walk(tree, &mut |path, tensor| {
+        first.entry(tensor.storage as usize).or_insert_with(|| {
+            let look = contiguous(tensor).then(|| (tensor.dtype.clone(), tensor.shape.clone()));
+            (path.to_owned(), look)
+        });
+    });
+    let mut taken = HashSet::new();
+    let describe = |&index: &usize| {
+        let (path, look) = first.remove(&index).unwrap_or_default();
+        let usable = !path.is_empty() && path != "__metadata__" && path.len() <= pack::MAX_NAME;
+        let name = if usable && taken.insert(path.clone()) {
+            path
+        } else {
+            let mut name = format!("storage {index}");
+            while !taken.insert(name.clone()) {
+                name.push('\'');
+            }
+            name
+        };
+        let look = look
+            .as_ref()
+            .map(|(dtype, shape)| (dtype.as_str(), shape.as_slice()));
+        pack::describe(name, storages[index].len() as u64, look)
+    };
+    new.iter().map(describe).collect()
+}
