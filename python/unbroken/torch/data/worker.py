@@ -1,0 +1,283 @@
+"""What runs inside a loader's worker, or in the main process where there are no workers.
+
+Touches: in a worker, its process's global generators and the worker's copies of the data set and of the collate
+function; `torch.utils.data.get_worker_info().dataset`, which is set to the user's own data set. In the main
+process nothing is reported and nothing is installed.
+
+torch sees three objects of ours, all at its public seams: a data set with `__getitems__`, a collate function and
+a worker_init_fn. They hold the user's own, and are pickled under spawn and forkserver.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from unbroken import _core
+from unbroken.torch import rng
+from unbroken.torch.data.attributes import Captured, Owned, encode_hook, load_hook
+from unbroken.torch.data.tickets import Fetched, Parcel, Ticket, WorkerState
+
+_HINT_CHANGED = "it changes as items are read, so that it would depend on which worker reads them"
+
+
+class Runtime:
+    """One worker's memory of what it has reported."""
+
+    def __init__(self, number: int, dataset: Any, collate: Any, *, hooks: bool = True) -> None:
+        self.number = number
+        self.owned = Owned({"dataset": dataset, "collate": collate}, hooks=hooks)
+        self._last = rng.Globals(b"", None, b"")
+        self._generators: dict[str, bytes] = {}
+        self._values: dict[str, bytes] = self.owned.tokens()[1]
+
+    def report(self) -> WorkerState:
+        """Return what has changed since the last report; everything at the first one."""
+        now = rng.read_globals(cuda=False)
+        last = self._last
+        generators, plain = self.owned.tokens()
+        changed = {path for path, data in generators.items() if self._generators.get(path) != data}
+        kept = set(self.owned.changed(plain))
+        moved = {path for path in kept if self._values.get(path) != plain.get(path)}
+        encoded = self.owned.encode(moved)
+        self._last, self._generators, self._values = now, generators, plain
+        return WorkerState(
+            None if now.python == last.python else now.python,
+            None if now.numpy == last.numpy else now.numpy,
+            None if now.torch == last.torch else now.torch,
+            {path: generators[path] for path in changed},
+            encoded,
+        )
+
+    def install(self, state: WorkerState) -> None:
+        """Put a recorded state in place; later reports are relative to it."""
+        self.owned.install(Captured(state.generators, state.values, {}))
+        if state.python is not None and state.torch is not None:
+            rng.write_globals(rng.Globals(state.python, state.numpy, state.torch))
+        self._last = rng.read_globals(cuda=False)
+        self._generators, self._values = self.owned.tokens()
+
+
+_runtime: Runtime | None = None
+
+
+def runtime() -> Runtime | None:
+    """Return this worker's runtime, None in the main process."""
+    return _runtime
+
+
+class MapProxy:
+    """A map-style data set as torch's fetcher sees it: takes tickets, gives what the collate proxy understands."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.dataset,)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitems__(self, ticket: Ticket) -> Fetched:
+        if not self._obey(ticket):
+            return Fetched(None, ticket)
+        dataset, indices = self.dataset, ticket.payload
+        whole = getattr(dataset, "__getitems__", None)
+        return Fetched(whole(indices) if whole else [dataset[index] for index in indices], ticket)
+
+    def __getitem__(self, ticket: Ticket) -> Fetched:
+        return Fetched(self.dataset[ticket.payload] if self._obey(ticket) else None, ticket)
+
+    def _obey(self, ticket: Ticket) -> bool:
+        """Do what the ticket says besides reading; return whether to read."""
+        if ticket.install is not None:
+            assert _runtime is not None, "only a worker is told to install a state"
+            _runtime.install(ticket.install)
+            return False
+        return not ticket.skip
+
+
+class CollateProxy:
+    """The user's collate function; in a worker its result comes with the worker's report."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, fetched: Fetched) -> Any:
+        """Collate what the data set's stand-in gave."""
+        if _runtime is None:
+            return self.collate(fetched.data)
+        if fetched.ticket.skip or fetched.ticket.install is not None:
+            return Parcel(None, _runtime.number, empty=True)
+        batch = self.collate(fetched.data)
+        return Parcel(batch, _runtime.number, _runtime.report())
+
+
+class KeyedMapProxy(MapProxy):
+    """A map-style data set whose every sample is read under generators of its own."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+        self._generators: list[Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.dataset, self.seed)
+
+    def __getitems__(self, ticket: Ticket) -> Fetched:
+        return Fetched([self._read(ticket, turn, index) for turn, index in enumerate(ticket.payload)], ticket)
+
+    def __getitem__(self, ticket: Ticket) -> Fetched:
+        return Fetched(self._read(ticket, 0, ticket.payload), ticket)
+
+    def _read(self, ticket: Ticket, turn: int, index: Any) -> Any:
+        if self._generators is None:
+            self._generators = Owned({"dataset": self.dataset}).generators()
+        assert ticket.place is not None, "a ticket of keyed mode has a place"
+        epoch, start = ticket.place
+        rng.rekey(_core.derive_key(self.seed, "sample", epoch, start + turn), self._generators)
+        return self.dataset[index]
+
+
+class KeyedCollateProxy(CollateProxy):
+    """The user's collate function under generators of the batch's own; refuses data sets that change."""
+
+    def __init__(self, collate: Callable[[Any], Any], dataset: Any, seed: int) -> None:
+        super().__init__(collate)
+        self.dataset = dataset
+        self.seed = seed
+        self._owned: Owned | None = None
+        self._generators: list[Any] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.collate, self.dataset, self.seed)
+
+    def watch(self) -> None:
+        """Begin to watch what the data set owns; what it changes from here on is refused."""
+        self._owned = Owned({"dataset": self.dataset, "collate": self.collate})
+        self._generators = Owned({"collate": self.collate}, skip=(self.dataset,)).generators()
+
+    def __call__(self, fetched: Fetched) -> Any:
+        """Collate what the data set's stand-in gave, under the batch's key."""
+        if self._owned is None:
+            self.watch()
+        assert fetched.ticket.place is not None, "a ticket of keyed mode has a place"
+        epoch, start = fetched.ticket.place
+        rng.rekey(_core.derive_key(self.seed, "collate", epoch, start), self._generators)
+        batch = self.collate(fetched.data)
+        refusal = self._changed()
+        if _runtime is None and refusal is None:
+            return batch
+        return Parcel(batch, 0 if _runtime is None else _runtime.number, refusal=refusal)
+
+    def _changed(self) -> tuple[str, str] | None:
+        assert self._owned is not None, "watching begins before the first batch"
+        paths = self._owned.changed(self._owned.tokens()[1])
+        return (f"`{paths[0]}` in keyed mode", _HINT_CHANGED) if paths else None
+
+
+class InitProxy:
+    """The user's worker_init_fn, called with the user's own data set in sight; then the runtime begins."""
+
+    def __init__(self, init: Callable[[int], None] | None, collate: CollateProxy) -> None:
+        self.init = init
+        self.collate = collate
+
+    def __call__(self, number: int) -> None:
+        """Begin the worker with this number."""
+        global _runtime
+        info = get_worker_info()
+        assert info is not None, "torch calls worker_init_fn in a worker"
+        stand_in: Any = info.dataset
+        dataset = stand_in.dataset
+        # The class is frozen to its users; what they find there must be the data set that they gave.
+        object.__setattr__(info, "dataset", dataset)
+        if self.init is not None:
+            self.init(number)
+        if isinstance(self.collate, KeyedCollateProxy):
+            self.collate.watch()
+        # An iterable data set's state_dict travels beside the report: it has to be loaded before `iter`.
+        hooks = not isinstance(self.collate, IterableCollateProxy)
+        _runtime = Runtime(number, dataset, self.collate.collate, hooks=hooks)
+
+
+# Iterable data sets with a state of their own.
+
+_NOTHING = "unbroken: read nothing"
+
+
+class IterableProxy(IterableDataset[Any]):
+    """An iterable data set whose workers begin where recorded ones stopped.
+
+    Args:
+        dataset: The user's.
+        starts: Each worker's recorded state, and the canonical bytes of its data set's `state_dict()`; None for
+            one that begins afresh.
+        turn: The first workers, as many as this, answer their first ticket with nothing, so that the first batch
+            comes from the worker whose turn it is.
+    """
+
+    def __init__(
+        self, dataset: Any, starts: list[tuple[WorkerState, bytes | None] | None] | None = None, turn: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.starts = starts
+        self.turn = turn
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        assert _runtime is not None, "this stands in for a data set in workers only"
+        start = None if self.starts is None else self.starts[_runtime.number]
+        if start is None:
+            return _Reader(iter(self.dataset), _runtime.number < self.turn, None)
+        state, hook = start
+        if hook is not None:
+            load_hook(self.dataset, hook, "dataset")
+        return _Reader(iter(self.dataset), _runtime.number < self.turn, state)
+
+
+class _Reader:
+    """Reads the user's iterator, after what has to come before."""
+
+    def __init__(self, iterator: Iterator[Any], nothing_first: bool, state: WorkerState | None) -> None:
+        self._iterator = iterator
+        self._nothing_first = nothing_first
+        self._state = state
+
+    def __iter__(self) -> "_Reader":
+        return self
+
+    def __next__(self) -> Any:
+        if self._nothing_first:
+            self._nothing_first = False
+            return _NOTHING
+        if self._state is not None:
+            assert _runtime is not None, "only a worker has a recorded state"
+            _runtime.install(self._state)
+            self._state = None
+        return next(self._iterator)
+
+
+class IterableCollateProxy(CollateProxy):
+    """The user's collate function; its result comes with the worker's report and the data set's state."""
+
+    def __init__(self, collate: Callable[[Any], Any], dataset: Any) -> None:
+        super().__init__(collate)
+        self.dataset = dataset
+
+    def __call__(self, data: Any) -> Any:
+        """Collate what the data set gave, unless it was told to give nothing."""
+        assert _runtime is not None, "this stands in for a collate function in workers only"
+        if data is _NOTHING or (type(data) is list and len(data) == 1 and data[0] is _NOTHING):
+            return Parcel(None, _runtime.number, empty=True)
+        batch = self.collate(data)
+        return Parcel(batch, _runtime.number, _runtime.report(), encode_hook(self.dataset, "dataset"))
