@@ -141,9 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}\n{time.strftime('%Y-%m-%d')}: {' '.join(['python', *sys.argv])}")
-    print(
-        f"{'workers':>7} {'journal':>8} {'plain step':>11} {'added CPU':>10} {'quarters':>15} {'added wall':>11} {'of 20 ms':>9}"
-    )
+    head = ("workers", "journal", "plain step", "added CPU", "quarters", "added wall", "of 20 ms")
+    print("{:>7} {:>8} {:>11} {:>10} {:>15} {:>11} {:>9}".format(*head))
     results = [
         measure(w, options.steps, options.rounds, level) for w in (0, 2) for level in ("sampled", "full")
     ]
