@@ -35,6 +35,21 @@ pub struct Boundary {
     pub lives: Vec<u32>,
 }
 
+/// The first component in which a boundary differs from another record of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Step of the boundary.
+    pub step: u64,
+    /// Phase of the boundary.
+    pub phase: u8,
+    /// Which component.
+    pub component: String,
+    /// What was recorded, such as by an earlier life.
+    pub expected: String,
+    /// What was found, such as by this life.
+    pub found: String,
+}
+
 /// What is not a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {

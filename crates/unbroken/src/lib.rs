@@ -15,16 +15,19 @@
 //! ```
 
 pub mod cause;
+pub mod compare;
 pub mod digest;
 pub mod elements;
 pub mod error;
 pub mod format;
 pub mod journal;
 pub mod key;
+pub mod localise;
 pub mod run;
 pub mod state;
 pub mod storage;
 pub mod store;
+pub mod train;
 
 pub use digest::{Digest, Fingerprint};
 pub use error::{Error, Result};

@@ -12,6 +12,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::journal::{Component, Record, SegmentHeader};
 use crate::format::{FORMAT_VERSION, Flaw};
+pub use crate::journal::Difference;
 use crate::journal::{self, Boundary, JOURNAL, Journal, Writer};
 use crate::state::Value;
 use crate::storage::disk::DiskStorage;
@@ -32,21 +33,6 @@ pub struct Options {
     pub settings: Vec<(String, Value)>,
     /// Refuse a damaged newest checkpoint instead of falling back to the next older one.
     pub strict: bool,
-}
-
-/// The first component in which a step executed again differs from the journal.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
-    /// Step of the boundary.
-    pub step: u64,
-    /// Phase of the boundary.
-    pub phase: u8,
-    /// Which component.
-    pub component: String,
-    /// What an earlier life recorded.
-    pub expected: String,
-    /// What this life found.
-    pub found: String,
 }
 
 /// Who a run is, from its `run.toml`.
@@ -90,7 +76,7 @@ enum Pen {
     /// `begin` was not called.
     Idle,
     Writing {
-        writer: Writer,
+        writer: Box<Writer>,
         /// The last boundary of this life; the one that it started from at first.
         last: Option<(u64, u8)>,
     },
@@ -314,7 +300,7 @@ impl Run {
             previous: from.map_or(Digest([0; 32]), |info| info.journal_head),
             created: now(),
         };
-        let writer = Writer::begin(&self.directory, &header)?;
+        let writer = Box::new(Writer::begin(&self.directory, &header)?);
         *pen = Pen::Writing {
             writer,
             last: from.map(|info| (info.step, info.phase)),

@@ -476,7 +476,7 @@ pub(crate) fn key_text(key: &Value) -> String {
 }
 
 /// Whether a tensor is its storage's bytes in order, from the first on.
-fn contiguous(tensor: &Tensor) -> bool {
+pub(crate) fn contiguous(tensor: &Tensor) -> bool {
     let mut expected: i64 = 1;
     for (&size, &stride) in tensor.shape.iter().zip(&tensor.strides).rev() {
         if size != 1 {
@@ -502,7 +502,9 @@ fn leaf_of(tree: &Value, storage: usize) -> String {
 
 /// Names for new storages in a pack: their first leaf's path, made unique, and its look if it is the whole storage.
 fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[usize]) -> Vec<pack::PackTensor> {
-    let mut first: HashMap<usize, (String, Option<(String, Vec<u64>)>)> = HashMap::new();
+    // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
+    type Look = Option<(String, Vec<u64>)>;
+    let mut first: HashMap<usize, (String, Look)> = HashMap::new();
     walk(tree, &mut |path, tensor| {
         first.entry(tensor.storage as usize).or_insert_with(|| {
             let look = contiguous(tensor).then(|| (tensor.dtype.clone(), tensor.shape.clone()));

@@ -66,7 +66,7 @@ impl DiskStorage {
     /// Opens the directory that a name lies in.
     fn parent(&self, dir: &str) -> io::Result<OwnedFd> {
         if dir.is_empty() {
-            return Ok(self.root.try_clone()?);
+            return self.root.try_clone();
         }
         Ok(rustix::fs::openat(
             &self.root,
