@@ -368,8 +368,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.scaler:
         made["scaler"] = parts["scaler"] = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=3)
-    if not options.workers:
-        parts["held"] = data.generator
     for name in options.order.split(","):
         made[name] = build(name)
         if name in ("run", "loader"):
