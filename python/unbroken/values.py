@@ -4,6 +4,8 @@ Touches: `sys.modules`, to look up types that a checkpoint names. Never imports 
 user's, never pickles. Knows nothing of torch: fronts hand in an `extend` function for values of their own.
 """
 
+from __future__ import annotations
+
 import array
 import collections
 import dataclasses
@@ -18,10 +20,13 @@ import uuid
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from unbroken._core import Object, Tensor, Value
+from unbroken._core import Object, Tensor
 from unbroken.errors import FormatError, UnsupportedState
+
+if TYPE_CHECKING:
+    from unbroken._core import Value
 
 Extend: TypeAlias = Callable[[Any, str], Any]
 """What a front adds: (value, path) -> the lowered (or raised) value, or NotImplemented to leave it to this module."""
@@ -154,17 +159,23 @@ def raise_(value: Value, *, path: str, extend: Extend | None = None, missing: Mi
 class _Lowering:
     def __init__(self, extend: Extend | None) -> None:
         self._extend = extend
-        self._open: dict[int, str] = {}  # Containers being lowered, by identity: meeting one again is a cycle.
+        self._open: dict[
+            int, str
+        ] = {}  # Containers being lowered, by identity: meeting one again is a cycle.
 
     def lower(self, value: Any, path: str) -> Value:
         kind = type(value)
         if value is None or kind in _AS_THEY_ARE:
             return value
         if kind is str:
-            return value if _is_encodable(value) else Object("str", "surrogates", {"utf8": _surrogates(value)})
+            return (
+                value if _is_encodable(value) else Object("str", "surrogates", {"utf8": _surrogates(value)})
+            )
         known = id(value)
         if known in self._open:
-            raise UnsupportedState(path, type_name(kind), why=f"it contains itself: it is also `{self._open[known]}`")
+            raise UnsupportedState(
+                path, type_name(kind), why=f"it contains itself: it is also `{self._open[known]}`"
+            )
         if len(self._open) >= DEPTH_LIMIT:
             raise UnsupportedState(path, type_name(kind), why=f"nested more than {DEPTH_LIMIT} levels deep")
         self._open[known] = path
@@ -230,7 +241,7 @@ class _Lowering:
 
     def _defaultdict(self, value: collections.defaultdict[Any, Any], path: str) -> Object:
         factory = value.default_factory
-        if factory is not None and factory not in _FACTORIES.values():
+        if not is_plain_factory(factory):
             named = ", ".join(f"`{name}`" for name in _FACTORIES)
             raise UnsupportedState(
                 path, "collections.defaultdict", why="its default factory is code", hint=f"use one of {named}"
@@ -261,7 +272,9 @@ class _Lowering:
         _require_plain_layout(kind, path)
         present = {field.name: getattr(value, field.name) for field in _set_fields(value)}
         # What the object was given besides its declared fields is part of it too.
-        present.update({name: part for name, part in getattr(value, "__dict__", {}).items() if name not in present})
+        present.update(
+            {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in present}
+        )
         fields = {name: self.lower(part, join_path(path, name)) for name, part in present.items()}
         return Object("dataclass", type_name(kind), fields)
 
@@ -269,7 +282,9 @@ class _Lowering:
         kind = type(value)
         _require_findable(kind, path)
         if getattr(value, "__dict__", None):
-            raise UnsupportedState(path, type_name(kind), why="a named tuple with attributes of its own", hint=_HINT)
+            raise UnsupportedState(
+                path, type_name(kind), why="a named tuple with attributes of its own", hint=_HINT
+            )
         parts = zip(kind._fields, tuple(value), strict=True)
         fields = {name: self.lower(part, join_path(path, name)) for name, part in parts}
         return Object("namedtuple", type_name(kind), fields)
@@ -296,6 +311,22 @@ class _Lowering:
 
     def _path(self, value: pathlib.PurePath, path: str) -> Object:
         return Object("path", f"pathlib.{type(value).__name__}", {"text": self.lower(str(value), path)})
+
+
+def is_known(value: object) -> bool:
+    """Tell whether `lower` can store a value of this type, without its `extend`."""
+    kind = type(value)
+    if kind in _registered_types or kind in _LOWER_EXACT or kind in _AS_THEY_ARE or kind in _CONTAINERS:
+        return True
+    if value is None or isinstance(value, str | enum.Enum | Record) or dataclasses.is_dataclass(kind):
+        return True
+    numpy = sys.modules.get("numpy")
+    return _is_namedtuple(kind) or (numpy is not None and isinstance(value, numpy.generic | numpy.ndarray))
+
+
+def is_plain_factory(factory: object) -> bool:
+    """Tell whether a defaultdict's factory is one that a checkpoint can name."""
+    return factory is None or any(factory is known for known in _FACTORIES.values())
 
 
 def _is_encodable(text: str) -> bool:
@@ -334,11 +365,12 @@ def _require_findable(kind: type, path: str) -> None:
 
 def _require_plain_layout(kind: type, path: str) -> None:
     """Refuse a dataclass that is also a container or number: its fields are not all there is of it."""
-    if not _has_plain_layout(kind):
+    if not has_plain_layout(kind):
         raise UnsupportedState(path, type_name(kind), why="it extends a builtin type", hint=_HINT)
 
 
-def _has_plain_layout(kind: type) -> bool:
+def has_plain_layout(kind: type) -> bool:
+    """Tell whether an object's attributes and slots are all there is of it: no builtin type in its ancestry."""
     # Python and Cython classes alike: only a class whose instances `object` can make has no hidden contents.
     return all(base is object or _is_python_class(base) for base in kind.__mro__)
 
@@ -348,7 +380,9 @@ def _is_python_class(kind: type) -> bool:
 
 
 def _split_flag(value: enum.Flag) -> tuple[tuple[str, ...], int]:
-    members = [member for member in type(value) if member.value and member.value & value.value == member.value]
+    members = [
+        member for member in type(value) if member.value and member.value & value.value == member.value
+    ]
     covered = 0
     for member in members:
         covered |= member.value
@@ -360,6 +394,8 @@ def _timedelta_parts(value: datetime.timedelta) -> tuple[int, int, int]:
 
 
 _AS_THEY_ARE = frozenset({bool, int, float, complex, bytes})
+
+_CONTAINERS = frozenset({list, tuple, dict, set, frozenset})
 
 _FACTORIES: dict[str, type] = {
     "bool": bool,
@@ -405,13 +441,20 @@ _LOWER_EXACT: dict[type, Callable[[_Lowering, Any, str], Value]] = {
     fractions.Fraction: lambda self, value, path: Object(
         "fraction", "fractions.Fraction", {"parts": (value.numerator, value.denominator)}
     ),
-    range: lambda self, value, path: Object("range", "range", {"parts": (value.start, value.stop, value.step)}),
+    range: lambda self, value, path: Object(
+        "range", "range", {"parts": (value.start, value.stop, value.step)}
+    ),
     slice: _Lowering._slice,
     uuid.UUID: lambda self, value, path: Object("uuid", "uuid.UUID", {"data": value.bytes}),
     array.array: lambda self, value, path: Object(
         "array",
         "array.array",
-        {"typecode": value.typecode, "itemsize": value.itemsize, "order": sys.byteorder, "data": value.tobytes()},
+        {
+            "typecode": value.typecode,
+            "itemsize": value.itemsize,
+            "order": sys.byteorder,
+            "data": value.tobytes(),
+        },
     ),
     type(Ellipsis): lambda self, value, path: Object("constant", "Ellipsis", {}),
     type(NotImplemented): lambda self, value, path: Object("constant", "NotImplemented", {}),
@@ -530,14 +573,16 @@ class _Raising:
         return found(bits)
 
     def _dataclass(self, value: _Opened, path: str) -> Any:
-        found = self._typed(value, path, lambda kind: dataclasses.is_dataclass(kind) and _has_plain_layout(kind))
+        found = self._typed(
+            value, path, lambda kind: dataclasses.is_dataclass(kind) and has_plain_layout(kind)
+        )
         if found is None:
             return self._unknown(value, path, "no such dataclass is imported")
         declared = {field.name for field in dataclasses.fields(found)}  # type: ignore[arg-type]
         instance = object.__new__(found)
         space = getattr(instance, "__dict__", None)
         for name, part in self._parts(value, path).items():
-            slot = _slot(found, name)
+            slot = slot_of(found, name)
             if slot is not None and name in declared:
                 slot.__set__(instance, part)
             elif isinstance(space, dict) and not (name.startswith("__") and name.endswith("__")):
@@ -574,13 +619,16 @@ class _Raising:
         return types.SimpleNamespace(**self.raise_(value.fields["items"], path))
 
     def _datetime(self, value: _Opened, path: str) -> Any:
-        *time, fold = value.fields["time"]
+        year, month, day = value.fields["date"]
+        hour, minute, second, microsecond, fold = value.fields["time"]
         zone = self.raise_(value.fields["tzinfo"], path)
-        return datetime.datetime(*value.fields["date"], *time, zone, fold=fold)
+        return datetime.datetime(year, month, day, hour, minute, second, microsecond, zone, fold=fold)
 
     def _time(self, value: _Opened, path: str) -> Any:
-        *time, fold = value.fields["time"]
-        return datetime.time(*time, self.raise_(value.fields["tzinfo"], path), fold=fold)
+        hour, minute, second, microsecond, fold = value.fields["time"]
+        return datetime.time(
+            hour, minute, second, microsecond, self.raise_(value.fields["tzinfo"], path), fold=fold
+        )
 
     def _timezone(self, value: _Opened, path: str) -> Any:
         offset, name = datetime.timedelta(*value.fields["offset"]), value.fields["name"]
@@ -590,7 +638,9 @@ class _Raising:
         try:
             return zoneinfo.ZoneInfo(value.fields["key"])
         except zoneinfo.ZoneInfoNotFoundError:
-            return self._unknown(value, path, f"this machine does not know the time zone `{value.fields['key']}`")
+            return self._unknown(
+                value, path, f"this machine does not know the time zone `{value.fields['key']}`"
+            )
 
     def _path(self, value: _Opened, path: str) -> Any:
         kind = _PATHS[value.name]
@@ -618,7 +668,7 @@ def _key_text(key: Value) -> object:
     return key.name if isinstance(key, Object) else key
 
 
-def _slot(kind: type, name: str) -> Any:
+def slot_of(kind: type, name: str) -> Any:
     """Return the slot descriptor that holds a field, or None: found without running any descriptor's code."""
     for base in kind.__mro__:
         found = vars(base).get(name)

@@ -1,0 +1,666 @@
+"""Tensors lowered to leaves that view storages, and made again from a checkpoint's verified bytes.
+
+Touches: reads live tensors; `Storages` keeps references so that their memory stays where it was. `write` changes the
+tensor it is given, in place, and nothing else here does. Ties, views and strides are state and survive.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import Buffer, Parameter, is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from unbroken import values
+from unbroken._core import Object
+from unbroken._core import Tensor as Leaf
+from unbroken.errors import FormatError, UnsupportedState
+
+if TYPE_CHECKING:
+    from unbroken._core import Checkpoint, Value
+
+ALIGNMENT_BYTES = 64
+"""What torch's own allocator gives on the CPU. Addresses below 16 bytes of alignment change results."""
+
+WHOLE_FROM = 0.5
+"""A view is saved as a compact copy if it covers less than this part of its storage."""
+
+ARRAY_INLINE_BYTES = 4096
+"""numpy arrays up to this size stay in the tree; larger ones become storages."""
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Public in all but name: torch offers no other way to set a negative bit or to make an empty quantized tensor.
+_neg_view: Any = vars(torch)["_neg_view"]
+_empty_affine: Any = vars(torch)["_empty_affine_quantized"]
+_empty_per_channel: Any = vars(torch)["_empty_per_channel_affine_quantized"]
+
+_ELEMENTS_A_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}
+
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+
+_CONSTANTS: dict[str, Any] = {
+    str(constant): constant
+    for constant in vars(torch).values()
+    if isinstance(constant, torch.dtype | torch.memory_format | torch.layout | torch.qscheme)
+}
+
+
+_Key = tuple[str, int, int]
+"""What tells one storage from another: device, address, length in bytes."""
+
+
+class _Whole:
+    """Storages that must be saved whole, found while lowering: views of them had been copied compactly."""
+
+    def __init__(self) -> None:
+        self.keys: set[_Key] = set()
+        self.late: set[_Key] = set()
+
+
+class Storages:
+    """Storages of one capture, each saved once however many tensors view it.
+
+    Args:
+        own_copies: Copy every storage, so that training may go on while the copy is written. Otherwise the regions
+            are the live tensors' own memory wherever that is possible.
+        whole: Storages that an earlier attempt found to be viewed by several leaves; see `settled`.
+    """
+
+    def __init__(self, *, own_copies: bool = False, whole: Iterable[_Key] = ()) -> None:
+        self._own_copies = own_copies
+        self._whole = _Whole()
+        self._whole.keys.update(whole)
+        self._regions: list[tuple[int, int]] = []
+        self._kept: list[Any] = []
+        self._index: dict[_Key, int] = {}
+        self._compact: dict[_Key, dict[Any, tuple[int, int, tuple[int, ...]]]] = {}
+        self._empty: int | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether every view came out tied; if not, capture again with `whole`."""
+        return not self._whole.late
+
+    @property
+    def whole(self) -> frozenset[_Key]:
+        """Storages that must be saved whole in the next attempt."""
+        return frozenset(self._whole.keys | self._whole.late)
+
+    def regions(self) -> list[tuple[int, int]]:
+        """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
+        return list(self._regions)
+
+    def lower(
+        self, tensor: torch.Tensor, path: str, *, flags: dict[str, Value] | None = None
+    ) -> Leaf | Object:
+        """Return a tensor's leaf, or an object of leaves for sparse tensors. Reads; never changes the tensor.
+
+        Args:
+            tensor: What to lower; a graph that it has is left behind.
+            path: Where it is in the state, for errors.
+            flags: What to note with it. Given, nothing is noted of its class and whether it requires a gradient.
+
+        Raises:
+            UnsupportedState: The tensor has no memory of its own here (meta, fake, distributed).
+        """
+        attrs: dict[str, Value] = {}
+        kind = type(tensor)
+        if kind is Parameter:
+            attrs["class"] = values.type_name(Parameter)
+        elif kind is not torch.Tensor:
+            special = self._lower_subclass(tensor, path, attrs)
+            if special is not None:
+                return special
+        if tensor.is_leaf and tensor.requires_grad:
+            attrs["requires_grad"] = True
+        if flags is not None:
+            attrs = dict(flags)
+        return self._lower_layout(tensor.detach(), path, attrs)
+
+    def _lower_subclass(self, tensor: torch.Tensor, path: str, attrs: dict[str, Value]) -> Object | None:
+        kind = type(tensor)
+        name = values.type_name(kind)
+        if is_lazy(tensor):
+            return Object(
+                "uninitialized",
+                name,
+                {"dtype": str(tensor.dtype), "requires_grad": bool(tensor.requires_grad)},
+            )
+        if isinstance(tensor, FakeTensor):
+            raise UnsupportedState(
+                path, name, why="a fake tensor: it has no values", hint="make it a real tensor"
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise UnsupportedState(
+                path,
+                name,
+                why="a tensor made of other tensors, such as one spread over processes",
+                hint="keep its parts (for a DTensor: `to_local()`) in the tracked state",
+            )
+        if values.find_type(name) is not kind and kind is not Buffer:
+            raise UnsupportedState(
+                path, name, why="its type cannot be found again", hint="define it at a module's top level"
+            )
+        attrs["class"] = name
+        return None
+
+    def _lower_layout(self, tensor: torch.Tensor, path: str, attrs: dict[str, Value]) -> Leaf | Object:
+        if type(tensor) is not torch.Tensor:
+            tensor = tensor.as_subclass(torch.Tensor)
+        if tensor.device.type == "meta":
+            raise UnsupportedState(path, "torch.Tensor", why="a meta tensor: it has no values")
+        if tensor.layout is torch.sparse_coo:
+            parts = {
+                "indices": self._lower_strided(tensor._indices(), path, {}),
+                "values": self._lower_layout(tensor._values(), path, {}),
+                "shape": tuple(tensor.shape),
+                "coalesced": tensor.is_coalesced(),
+                "attrs": attrs,
+            }
+            return Object("sparse", "torch.sparse_coo", parts)
+        if tensor.layout in _COMPRESSED:
+            compressed, plain = _COMPRESSED[tensor.layout]
+            parts = {
+                "compressed": self._lower_strided(getattr(tensor, compressed)(), path, {}),
+                "plain": self._lower_strided(getattr(tensor, plain)(), path, {}),
+                "values": self._lower_layout(tensor.values(), path, {}),
+                "shape": tuple(tensor.shape),
+                "attrs": attrs,
+            }
+            return Object("sparse", str(tensor.layout), parts)
+        if tensor.layout is not torch.strided:
+            raise UnsupportedState(path, "torch.Tensor", why=f"its layout is {tensor.layout}")
+        return self._lower_strided(tensor, path, attrs)
+
+    def _lower_strided(self, tensor: torch.Tensor, path: str, attrs: dict[str, Value]) -> Leaf:
+        if tensor.is_quantized:
+            attrs["quantizer"] = _lower_quantizer(tensor, path)
+        if tensor.is_conj():
+            attrs["conj"] = True
+        if tensor.is_neg():
+            attrs["neg"] = True
+        index, offset, strides = self._place(tensor)
+        if strides != tuple(tensor.stride()):
+            attrs["strides"] = tuple(tensor.stride())
+        return Leaf(
+            dtype=_dtype_name(tensor.dtype),
+            shape=tuple(tensor.shape),
+            strides=strides,
+            offset=offset,
+            storage=index,
+            device=str(tensor.device),
+            attrs=dict(sorted(attrs.items())),
+        )
+
+    def _place(self, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+        """Return (storage, offset, strides) under which a tensor's bytes are saved."""
+        if tensor.numel() == 0:
+            return self._empty_storage(), 0, tuple(tensor.stride())
+        storage = tensor.untyped_storage()
+        key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
+        known = self._index.get(key)
+        if known is not None:
+            return known, int(tensor.storage_offset()), tuple(tensor.stride())
+        covered = _covered_elements(tensor) * tensor.element_size() / _ELEMENTS_A_BYTE.get(tensor.dtype, 1)
+        large = covered >= WHOLE_FROM * storage.nbytes()
+        if large or key in self._whole.keys or tensor.is_quantized:
+            if key in self._compact:
+                self._whole.late.add(key)
+            self._index[key] = index = self._add_storage(storage)
+            self._kept.append(tensor)
+            return index, int(tensor.storage_offset()), tuple(tensor.stride())
+        views = self._compact.setdefault(key, {})
+        view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        if view not in views:
+            if views:
+                self._whole.late.add(key)
+            views[view] = self._add_compact(tensor)
+        return views[view]
+
+    def _add_storage(self, storage: torch.UntypedStorage) -> int:
+        if storage.device.type != "cpu":
+            storage = storage.cpu()
+        elif self._own_copies:
+            storage = storage.clone()
+        self._kept.append(storage)
+        return self._add_region(storage.data_ptr(), storage.nbytes())
+
+    def _add_compact(self, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+        span = _span_elements(tensor.shape, tensor.stride())
+        if span * WHOLE_FROM <= _covered_elements(tensor):
+            flat = tensor.as_strided((span,), (1,), tensor.storage_offset())
+            copy, strides = _compact_copy(flat), tuple(tensor.stride())
+        else:
+            copy = _compact_copy(tensor)
+            strides = tuple(copy.stride())
+        storage = copy.untyped_storage()
+        self._kept.append(storage)
+        return self._add_region(storage.data_ptr(), storage.nbytes()), 0, strides
+
+    def _add_region(self, address: int, length: int) -> int:
+        self._regions.append((address, length))
+        return len(self._regions) - 1
+
+    def _empty_storage(self) -> int:
+        if self._empty is None:
+            anchor = torch.empty(ALIGNMENT_BYTES, dtype=torch.uint8)
+            self._kept.append(anchor)
+            self._empty = self._add_region(anchor.data_ptr(), 0)
+        return self._empty
+
+    def lower_bytes(self, data: torch.Tensor) -> Leaf:
+        """Return the leaf of bytes that this object now owns: a dense uint8 tensor nobody else changes."""
+        self._kept.append(data)
+        index = self._add_region(data.data_ptr(), data.numel()) if data.numel() else self._empty_storage()
+        return Leaf(dtype="uint8", shape=(data.numel(),), strides=(1,), offset=0, storage=index)
+
+
+def extend_lower(storages: Storages) -> values.Extend:
+    """Return what `values.lower` needs for tensors, torch's constants and large numpy arrays."""
+
+    def extend(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.grad_fn is not None:
+                raise UnsupportedState(
+                    path,
+                    values.type_name(type(value)),
+                    why="a tensor with an autograd graph, which cannot be saved",
+                    hint="store `tensor.detach()` instead",
+                )
+            return storages.lower(value, path)
+        return lower_constant(value, storages)
+
+    return extend
+
+
+def lower_constant(value: Any, storages: Storages) -> Any:
+    """Return torch's dtypes, sizes, devices and formats, and large numpy arrays, lowered; else NotImplemented."""
+    if isinstance(value, torch.dtype | torch.memory_format | torch.layout | torch.qscheme):
+        return Object("torch_constant", str(value), {})
+    if isinstance(value, torch.Size):
+        return Object("torch_size", "torch.Size", {"sizes": tuple(value)})
+    if isinstance(value, torch.device):
+        return Object("torch_device", "torch.device", {"type": value.type, "index": value.index})
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and type(value) is numpy.ndarray and value.nbytes > ARRAY_INLINE_BYTES:
+        lowered = values.lower(value, path="")
+        assert isinstance(lowered, Object), "an array is lowered to an object"
+        fields = lowered.fields
+        data = bytearray(fields["data"])
+        fields["data"] = storages.lower_bytes(torch.frombuffer(data, dtype=torch.uint8).clone())
+        return Object(lowered.kind, lowered.name, fields)
+    return NotImplemented
+
+
+class Loader:
+    """A checkpoint's storages in scratch memory, verified; tensors that view them.
+
+    Tensors of one storage share memory here as they did when it was saved. Each call gives new tensor objects.
+
+    Args:
+        checkpoint: What to read from.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._lengths = [length for length, _ in checkpoint.storages]
+        self._scratch: dict[int, torch.Tensor] = {}
+        self._devices: dict[tuple[int, str], torch.UntypedStorage] = {}
+
+    def prepare(self, tree: Value) -> None:
+        """Read all storages that a tree refers to, in one go.
+
+        Raises:
+            DamagedCheckpoint: Bytes differ from those committed.
+            FormatError: A leaf refers to a storage that is not there.
+        """
+        self.prepare_indices(leaf.storage for leaf in leaves(tree))
+
+    def prepare_indices(self, indices: Iterable[int]) -> None:
+        """Read storages by index, those already here excepted."""
+        targets = []
+        for index in sorted(set(indices) - self._scratch.keys()):
+            if index >= len(self._lengths):
+                raise FormatError(f"a leaf refers to storage {index} of {len(self._lengths)}")
+            scratch = torch.empty(self._lengths[index], dtype=torch.uint8)
+            self._scratch[index] = scratch
+            if self._lengths[index]:
+                targets.append((index, scratch.data_ptr(), self._lengths[index]))
+        if targets:
+            try:
+                self._checkpoint.read_into(targets)
+            except BaseException:
+                for index, _, _ in targets:
+                    del self._scratch[index]
+                raise
+
+    def bytes_of(self, leaf: Leaf) -> bytes:
+        """Return a dense uint8 leaf's bytes."""
+        return bytes(self.tensor(leaf, path="").numpy())
+
+    def tensor(self, leaf: Leaf, *, path: str, device: torch.device | None = None) -> torch.Tensor:
+        """Return a tensor with the leaf's dtype, shape and strides, viewing this loader's memory.
+
+        Args:
+            leaf: What to make.
+            path: Where it is in the state, for errors.
+            device: Where to put it; by default the CPU.
+
+        Raises:
+            FormatError: The leaf does not fit its storage, or its dtype is not one of torch's.
+        """
+        dtype = _CONSTANTS.get(f"torch.{leaf.dtype}")
+        if not isinstance(dtype, torch.dtype):
+            raise FormatError(f"`{path}` has the dtype `{leaf.dtype}`, which this torch does not have")
+        self.prepare_indices([leaf.storage])
+        strides, shape = leaf.strides, leaf.shape
+        if len(strides) != len(shape) or any(stride < 0 for stride in strides):
+            raise FormatError(f"`{path}` has strides that torch cannot have")
+        elements = leaf.offset + _span_elements(shape, strides)
+        needed = -(-elements // _ELEMENTS_A_BYTE.get(dtype, 1)) * dtype.itemsize
+        if 0 not in shape and needed > self._lengths[leaf.storage]:
+            raise FormatError(f"`{path}` needs {needed} bytes of a storage of {self._lengths[leaf.storage]}")
+        attrs = leaf.attrs
+        storage = self._storage(leaf.storage, device or torch.device("cpu"))
+        made = view_storage(storage, dtype, shape, strides, leaf.offset, attrs.get("quantizer"), path)
+        original = attrs.get("strides")
+        if original is not None:
+            if len(original) != len(shape) or any(stride < 0 for stride in original):
+                raise FormatError(f"`{path}` has strides that torch cannot have")
+            spread = torch.empty_strided(shape, original, dtype=dtype, device=made.device)
+            write(spread, made)
+            made = spread
+        return made.conj() if attrs.get("conj") else _neg_view(made) if attrs.get("neg") else made
+
+    def _storage(self, index: int, device: torch.device) -> torch.UntypedStorage:
+        host = self._scratch[index].untyped_storage()
+        if device.type == "cpu":
+            return host
+        key = (index, str(device))
+        if key not in self._devices:
+            self._devices[key] = self._scratch[index].to(device).untyped_storage()
+        return self._devices[key]
+
+
+def view_storage(
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+    quantizer: Value,
+    path: str,
+) -> torch.Tensor:
+    """Return a tensor that views a storage. The caller has checked that it fits."""
+    with warnings.catch_warnings():
+        # Making a tensor of a rare dtype warns about operators, and none is used here.
+        warnings.simplefilter("ignore")
+        if quantizer is None:
+            empty = torch.empty(0, dtype=dtype, device=storage.device)
+        else:
+            empty = _empty_quantized(dtype, shape, quantizer, path)
+        return empty.set_(storage, offset, shape, strides)  # type: ignore[arg-type]
+
+
+def extend_raise(loader: Loader) -> values.Extend:
+    """Return what `values.raise_` needs for what `extend_lower` made. Tensors come back as copies on the CPU."""
+
+    def extend(value: Any, path: str) -> Any:
+        if isinstance(value, Leaf):
+            return raise_leaf(loader, value, path)
+        return raise_constant(loader, value, path)
+
+    return extend
+
+
+def raise_leaf(loader: Loader, leaf: Leaf, path: str, *, device: torch.device | None = None) -> torch.Tensor:
+    """Return a new tensor of a leaf, of the class and with the flags it had."""
+    return _dress(loader.tensor(leaf, path=path, device=device), leaf.attrs, path)
+
+
+def raise_constant(loader: Loader, value: Object, path: str, *, device: torch.device | None = None) -> Any:
+    """Return what `lower_constant` or a sparse tensor came from; else NotImplemented."""
+    kind = value.kind
+    if kind == "torch_constant":
+        if value.name not in _CONSTANTS:
+            raise FormatError(f"`{path}` is `{value.name}`, which this torch does not have")
+        return _CONSTANTS[value.name]
+    if kind == "torch_size":
+        return torch.Size(value.fields["sizes"])
+    if kind == "torch_device":
+        fields = value.fields
+        return torch.device(fields["type"]) if fields["index"] is None else torch.device(**fields)
+    if kind == "sparse":
+        return _raise_sparse(loader, value, path, device)
+    if kind == "uninitialized":
+        lazy = (
+            torch.nn.UninitializedParameter
+            if value.name.endswith("Parameter")
+            else torch.nn.UninitializedBuffer
+        )
+        dtype = _CONSTANTS.get(value.fields["dtype"])
+        return lazy(value.fields["requires_grad"], device or "cpu", dtype)
+    if kind == "ndarray":
+        fields = value.fields
+        if isinstance(fields["data"], Leaf):
+            fields["data"] = loader.bytes_of(fields["data"])
+            return values.raise_(Object(kind, value.name, fields), path=path)
+    return NotImplemented
+
+
+def _dress(made: torch.Tensor, attrs: dict[str, Value], path: str) -> torch.Tensor:
+    name = attrs.get("class")
+    flag = bool(attrs.get("requires_grad", False))
+    if name == values.type_name(Parameter):
+        return Parameter(made, requires_grad=flag)
+    if name == values.type_name(Buffer):
+        made = Buffer(made)
+    elif name is not None:
+        kind = values.find_type(str(name))
+        if kind is None or not issubclass(kind, torch.Tensor):
+            raise UnsupportedState(
+                path, str(name), why="no such tensor type is imported", hint=f"import what defines `{name}`"
+            )
+        made = made.as_subclass(kind)
+    return made.requires_grad_() if flag else made
+
+
+def _raise_sparse(loader: Loader, value: Object, path: str, device: torch.device | None) -> torch.Tensor:
+    def part(lowered: Value) -> torch.Tensor:
+        if isinstance(lowered, Leaf):
+            return loader.tensor(lowered, path=path, device=device)
+        return _raise_sparse(loader, lowered, path, device)
+
+    fields = value.fields
+    data, shape = part(fields["values"]), fields["shape"]
+    try:
+        # The invariants are checked: indices from a file must not point outside.
+        if value.name == "torch.sparse_coo":
+            made = torch.sparse_coo_tensor(
+                part(fields["indices"]), data, shape, check_invariants=True, is_coalesced=fields["coalesced"]
+            )
+        else:
+            made = torch.sparse_compressed_tensor(
+                part(fields["compressed"]),
+                part(fields["plain"]),
+                data,
+                shape,
+                layout=_CONSTANTS.get(value.name),
+                check_invariants=True,
+            )
+    except RuntimeError as error:
+        raise FormatError(f"`{path}` is not a valid {value.name} tensor: {error}", path=path) from error
+    return _dress(made, fields["attrs"], path)
+
+
+def leaves(tree: Value) -> Iterator[Leaf]:
+    """Yield every leaf of a tree."""
+    stack = [tree]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Leaf):
+            yield value
+        elif isinstance(value, Object):
+            stack.extend(value.fields.values())
+        elif isinstance(value, dict):
+            stack.extend(value.keys())
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack.extend(value)
+
+
+def write(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor's values into another of the same dtype and shape, bit for bit and in place.
+
+    Works on every dtype, on tensors that autograd watches, on expanded and overlapping ones.
+    """
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        target, source = target.detach(), source.detach()
+        if target.layout is not torch.strided or target.is_quantized:
+            target.copy_(source)
+            return
+        if target.is_conj() == source.is_conj() and target.is_neg() == source.is_neg():
+            # As integers: no arithmetic unit may touch a NaN's payload, and rare dtypes have no copy of their own.
+            target, source = _as_integers(target), _as_integers(source)
+        for dim in range(target.dim()):
+            if target.stride(dim) == 0 and target.size(dim) > 1:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        length = _span_elements(target.shape, target.stride())
+        if target.numel() > length:
+            # Elements overlap: torch refuses to copy into such a tensor, but its span is an ordinary one.
+            flat = target.as_strided((length,), (1,))
+            flat[_positions(target).reshape(-1)] = source.reshape(-1)
+            return
+        target.copy_(source)
+
+
+def _positions(tensor: torch.Tensor) -> torch.Tensor:
+    """Return each element's position in the tensor's span, shape as the tensor's, dtype int64."""
+    positions = torch.zeros(tensor.shape, dtype=torch.int64, device=tensor.device)
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        steps = torch.arange(size, device=tensor.device) * stride
+        positions += steps.view([size if at == dim else 1 for at in range(tensor.dim())])
+    return positions
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    if tensor.is_neg():
+        tensor = _neg_view(tensor)
+    same = _SAME_SIZE.get(tensor.element_size())
+    return tensor if same is None else tensor.view(same)
+
+
+def same_layout(one: torch.Tensor, leaf: Leaf) -> bool:
+    """Tell whether a live tensor has a leaf's dtype, shape and strides, so that bytes can be copied into it."""
+    strides = leaf.attrs.get("strides", leaf.strides)
+    return (
+        one.layout is torch.strided
+        and _dtype_name(one.dtype) == leaf.dtype
+        and tuple(one.shape) == leaf.shape
+        and (_same_strides(leaf.shape, tuple(one.stride()), strides))
+    )
+
+
+def _same_strides(shape: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    # The stride of a dimension of one element is never used.
+    return 0 in shape or all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
+
+
+def describe(item: Any) -> str:
+    """Return a tensor's or leaf's dtype, shape and unusual strides, for people."""
+    if isinstance(item, Leaf):
+        strides = item.attrs.get("strides", item.strides)
+        return _describe(item.dtype, item.shape, tuple(strides))
+    if is_lazy(item):
+        return "uninitialized"
+    if isinstance(item, torch.Tensor):
+        if item.layout is not torch.strided:
+            return f"{item.layout} {_dtype_name(item.dtype)}{list(item.shape)}"
+        return _describe(_dtype_name(item.dtype), tuple(item.shape), tuple(item.stride()))
+    if isinstance(item, Object):
+        return item.kind if item.kind != "sparse" else item.name
+    return "absent" if item is None else type(item).__name__
+
+
+def _describe(dtype: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+    dense, step = [], 1
+    for size in reversed(shape):
+        dense.append(step)
+        step *= max(size, 1)
+    unusual = not _same_strides(shape, strides, tuple(reversed(dense)))
+    return f"{dtype}{list(shape)}" + (f" with strides {list(strides)}" if unusual else "")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _span_elements(shape: Iterable[int], strides: Iterable[int]) -> int:
+    """Return how many elements lie between the first and the last element of a view, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _covered_elements(tensor: torch.Tensor) -> int:
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride:
+            count *= size
+    return count
+
+
+def _compact_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's elements, dense and on the CPU, as integers where its dtype has no copy of its own."""
+    bits = _as_integers(tensor).cpu()
+    return torch.empty(bits.shape, dtype=bits.dtype).copy_(bits)
+
+
+def _lower_quantizer(tensor: torch.Tensor, path: str) -> Value:
+    scheme = tensor.qscheme()
+    if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return {"scheme": str(scheme), "scale": tensor.q_scale(), "zero_point": tensor.q_zero_point()}
+    if scheme in (
+        torch.per_channel_affine,
+        torch.per_channel_symmetric,
+        torch.per_channel_affine_float_qparams,
+    ):
+        scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        return {
+            "scheme": str(scheme),
+            "axis": tensor.q_per_channel_axis(),
+            "scales": scales.tolist(),
+            "scales_dtype": str(scales.dtype),
+            "zero_points": zeros.tolist(),
+            "zero_points_dtype": str(zeros.dtype),
+        }
+    raise UnsupportedState(path, "torch.Tensor", why=f"its quantization scheme is {scheme}")
+
+
+def _empty_quantized(dtype: torch.dtype, shape: tuple[int, ...], quantizer: Any, path: str) -> torch.Tensor:
+    try:
+        if "scale" in quantizer:
+            scale, zero = quantizer["scale"], quantizer["zero_point"]
+            return _empty_affine(shape, scale=scale, zero_point=zero, dtype=dtype)
+        return _empty_per_channel(
+            shape,
+            scales=torch.tensor(quantizer["scales"], dtype=_CONSTANTS[quantizer["scales_dtype"]]),
+            zero_points=torch.tensor(
+                quantizer["zero_points"], dtype=_CONSTANTS[quantizer["zero_points_dtype"]]
+            ),
+            axis=quantizer["axis"],
+            dtype=dtype,
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise FormatError(f"`{path}` has a quantizer that torch refuses: {error}", path=path) from error
