@@ -45,7 +45,7 @@ def versions() -> dict[str, Any]:
     values: dict[str, Any] = {
         "unbroken": _core.build_info().get("version", "unknown"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "platform": f"{platform.system()}-{platform.machine()}",
         "cpu": _cpu_name(),
         "cpu.capability": torch.backends.cpu.get_cpu_capability(),
