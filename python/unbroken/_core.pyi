@@ -148,6 +148,8 @@ class Difference:
     @property
     def step(self) -> int: ...
     @property
+    def phase(self) -> int: ...
+    @property
     def component(self) -> str: ...
     @property
     def expected(self) -> str: ...
@@ -250,7 +252,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one)."""
 
 def read_journal(path: Path) -> list[dict[str, Value]]:
-    """Return the joined journal of a run directory, one dict a boundary (step, phase, epoch, position, components)."""
+    """Return the joined journal of a run directory, one dict a boundary.
+
+    Its keys: step, phase, epoch, position, components (bytes, int, float or str by name) and lives (that recorded it).
+    """
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command-line program on arguments (without its own name); return its exit code."""

@@ -3,10 +3,12 @@
 //! Touches: Python objects, and memory that Python lends it as (address, length in bytes). What each name promises is
 //! in `python/unbroken/_core.pyi`.
 
+mod checkpoint;
 mod error;
 mod key;
 mod leaf;
 mod memory;
+mod run;
 mod value;
 
 /// The border between Python and the Rust core.
@@ -23,11 +25,15 @@ mod module {
     use crate::value::{from_python, to_python};
 
     #[pymodule_export]
+    use crate::checkpoint::{Checkpoint, CheckpointInfo};
+    #[pymodule_export]
     use crate::key::{Order, derive_key};
     #[pymodule_export]
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
     use crate::memory::{digest_bytes, digest_each, digest_memory, digest_window};
+    #[pymodule_export]
+    use crate::run::{Difference, Run, read_checkpoint, read_journal};
 
     /// Return the canonical bytes of a value.
     #[pyfunction]

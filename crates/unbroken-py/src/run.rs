@@ -1,0 +1,338 @@
+//! A run on disk as Python holds it, and what can be read of one without holding it.
+//!
+//! Touches: the run directory; memory that Python lends for the length of a commit.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
+use unbroken::format::journal::Component;
+use unbroken::journal;
+use unbroken::run::{self, Options};
+use unbroken::store::{Best, Commit, Order, Retention};
+
+use crate::checkpoint::{Checkpoint, CheckpointInfo, pairs};
+use crate::error;
+use crate::memory::{look_at, regions_from_python};
+use crate::value::{fields_from_python, from_python};
+
+/// The first component in which a step executed again differs from the journal.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct Difference {
+    difference: journal::Difference,
+}
+
+#[pymethods]
+impl Difference {
+    #[getter]
+    fn step(&self) -> u64 {
+        self.difference.step
+    }
+
+    #[getter]
+    fn phase(&self) -> u8 {
+        self.difference.phase
+    }
+
+    #[getter]
+    fn component(&self) -> &str {
+        &self.difference.component
+    }
+
+    #[getter]
+    fn expected(&self) -> &str {
+        &self.difference.expected
+    }
+
+    #[getter]
+    fn found(&self) -> &str {
+        &self.difference.found
+    }
+
+    fn __repr__(&self) -> String {
+        let found = &self.difference;
+        format!(
+            "Difference(step={}, phase={}, component={:?}, expected={:?}, found={:?})",
+            found.step, found.phase, found.component, found.expected, found.found
+        )
+    }
+}
+
+/// A run on disk, held by one writer: directory, lock, journal and store.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct Run {
+    run: run::Run,
+}
+
+#[pymethods]
+impl Run {
+    #[staticmethod]
+    #[pyo3(signature = (path, *, seed, settings, strict = false))]
+    fn open(
+        py: Python<'_>,
+        path: PathBuf,
+        seed: Option<u64>,
+        settings: &Bound<'_, PyAny>,
+        strict: bool,
+    ) -> PyResult<Self> {
+        let options = Options {
+            seed,
+            settings: fields_from_python(settings)?,
+            strict,
+        };
+        let run = py
+            .detach(|| run::Run::open(&path, &options))
+            .map_err(|failure| error::raise(py, &failure))?;
+        Ok(Run { run })
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.run.path().to_owned()
+    }
+
+    #[getter]
+    fn id(&self) -> &str {
+        self.run.id()
+    }
+
+    #[getter]
+    fn seed(&self) -> u64 {
+        self.run.seed()
+    }
+
+    #[getter]
+    fn life(&self) -> u32 {
+        self.run.life()
+    }
+
+    #[getter]
+    fn resumed_from(&self) -> Option<Checkpoint> {
+        self.run.resumed_from().cloned().map(Checkpoint::of)
+    }
+
+    #[getter]
+    fn rejected<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        pairs(py, self.run.rejected())
+    }
+
+    #[getter]
+    fn warnings(&self) -> Vec<String> {
+        self.run.warnings().to_vec()
+    }
+
+    fn begin(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.run.begin())
+            .map_err(|failure| error::raise(py, &failure))
+    }
+
+    // Keeps the GIL: a record takes a few microseconds, and giving the GIL back may cost a switch interval.
+    fn record(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        phase: u8,
+        epoch: u64,
+        position: u64,
+        components: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Difference>> {
+        let components = components_from_python(components)?;
+        let difference = self
+            .run
+            .record(step, phase, epoch, position, components)
+            .map_err(|failure| error::raise(py, &failure))?;
+        Ok(difference.map(|difference| Difference { difference }))
+    }
+
+    fn event(&self, py: Python<'_>, kind: &str, step: u64, fields: &Bound<'_, PyAny>) -> PyResult<()> {
+        let fields = fields_from_python(fields)?;
+        self.run
+            .event(kind, step, fields)
+            .map_err(|failure| error::raise(py, &failure))
+    }
+
+    #[getter]
+    fn recorded_until(&self) -> u64 {
+        self.run.recorded_until()
+    }
+
+    #[pyo3(signature = (*, step, phase, tree, storages, identity, environment, metrics, pinned = false))]
+    #[allow(clippy::too_many_arguments)]
+    fn commit(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        phase: u8,
+        tree: &Bound<'_, PyAny>,
+        storages: &Bound<'_, PyAny>,
+        identity: &Bound<'_, PyAny>,
+        environment: &Bound<'_, PyAny>,
+        metrics: &Bound<'_, PyAny>,
+        pinned: bool,
+    ) -> PyResult<CheckpointInfo> {
+        let regions = regions_from_python(storages)?;
+        let commit = Commit {
+            step,
+            phase,
+            tree: from_python(tree)?,
+            // SAFETY: the caller of the Python function keeps the memory alive and unchanged until it returns.
+            storages: regions
+                .iter()
+                .map(|&(address, length)| unsafe { look_at(address, length) })
+                .collect(),
+            identity: fields_from_python(identity)?,
+            environment: fields_from_python(environment)?,
+            metrics: metrics_from_python(metrics)?,
+            pinned,
+        };
+        let info = py
+            .detach(|| self.run.commit(commit))
+            .map_err(|failure| error::raise(py, &failure))?;
+        Ok(CheckpointInfo::of(info))
+    }
+
+    #[pyo3(signature = (*, last, every, best, dry_run = false))]
+    fn prune(
+        &self,
+        py: Python<'_>,
+        last: Option<usize>,
+        every: Option<u64>,
+        best: Option<(String, String, usize)>,
+        dry_run: bool,
+    ) -> PyResult<Vec<String>> {
+        let best = match best {
+            None => None,
+            Some((metric, order, count)) => {
+                let order = match order.as_str() {
+                    "min" => Order::Min,
+                    "max" => Order::Max,
+                    _ => {
+                        return Err(error::invalid(
+                            py,
+                            format!("`{order}` is neither `min` nor `max`"),
+                        ));
+                    }
+                };
+                Some(Best { metric, order, count })
+            }
+        };
+        let policy = Retention { last, every, best };
+        py.detach(|| self.run.prune(&policy, dry_run))
+            .map_err(|failure| error::raise(py, &failure))
+    }
+
+    fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        self.run
+            .checkpoints()
+            .into_iter()
+            .map(CheckpointInfo::of)
+            .collect()
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.run.close())
+            .map_err(|failure| error::raise(py, &failure))
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Run('{}', id='{}', life={})",
+            self.run.path().display(),
+            self.run.id(),
+            self.run.life()
+        )
+    }
+}
+
+/// Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).
+#[pyfunction]
+pub(crate) fn read_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
+    let checkpoint = py
+        .detach(|| run::read_checkpoint(&path))
+        .map_err(|failure| error::raise(py, &failure))?;
+    Ok(Checkpoint::of(checkpoint))
+}
+
+/// Return the joined journal of a run directory, one dict a boundary.
+#[pyfunction]
+pub(crate) fn read_journal(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyList>> {
+    let journal = py
+        .detach(|| run::read_journal(&path))
+        .map_err(|failure| error::raise(py, &failure))?;
+    let boundaries: Vec<Bound<'_, PyDict>> = journal
+        .boundaries
+        .iter()
+        .map(|boundary| boundary_to_python(py, boundary))
+        .collect::<PyResult<_>>()?;
+    PyList::new(py, boundaries)
+}
+
+fn boundary_to_python<'py>(py: Python<'py>, boundary: &journal::Boundary) -> PyResult<Bound<'py, PyDict>> {
+    let components = PyDict::new(py);
+    for (name, component) in &boundary.components {
+        match component {
+            Component::Digest(digest) => components.set_item(name, PyBytes::new(py, digest))?,
+            Component::Int(number) => components.set_item(name, number)?,
+            Component::Float(bits) => components.set_item(name, f64::from_bits(*bits))?,
+            Component::Text(text) => components.set_item(name, text)?,
+        }
+    }
+    let out = PyDict::new(py);
+    out.set_item("step", boundary.step)?;
+    out.set_item("phase", boundary.phase)?;
+    out.set_item("epoch", boundary.epoch)?;
+    out.set_item("position", boundary.position)?;
+    out.set_item("components", components)?;
+    out.set_item("lives", &boundary.lives)?;
+    Ok(out)
+}
+
+fn components_from_python(components: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Component)>> {
+    let components: Vec<Bound<'_, PyAny>> = match components.cast_exact::<PyList>() {
+        Ok(list) => list.iter().collect(),
+        Err(_) => components.try_iter()?.collect::<PyResult<_>>()?,
+    };
+    components
+        .iter()
+        .map(|pair| {
+            let pair = pair.cast::<PyTuple>()?;
+            let (name, value) = (pair.get_item(0)?, pair.get_item(1)?);
+            let name = name.cast::<PyString>()?.to_str()?.to_owned();
+            let component = component_from_python(&name, &value)?;
+            Ok((name, component))
+        })
+        .collect()
+}
+
+/// Reads one component. Subclasses are welcome here (numpy's float64 is one of float): only their number counts.
+fn component_from_python(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Component> {
+    if let Ok(digest) = value.cast::<PyBytes>() {
+        return Ok(Component::Digest(digest.as_bytes().to_vec()));
+    }
+    if let Ok(number) = value.cast::<PyFloat>() {
+        return Ok(Component::Float(number.value().to_bits()));
+    }
+    if value.is_instance_of::<PyInt>() {
+        let too_large = |_| {
+            error::invalid(
+                value.py(),
+                format!("the component `{name}` does not fit in 64 bits"),
+            )
+        };
+        return value.extract().map(Component::Int).map_err(too_large);
+    }
+    if let Ok(text) = value.cast::<PyString>() {
+        return Ok(Component::Text(text.to_str()?.to_owned()));
+    }
+    let kind = value.get_type().qualname()?;
+    Err(error::unsupported_state(
+        value.py(),
+        name,
+        &kind.to_string(),
+        Some("a component is bytes, an int, a float or a str"),
+    ))
+}
+
+fn metrics_from_python(metrics: &Bound<'_, PyAny>) -> PyResult<Vec<(String, f64)>> {
+    metrics.cast::<PyMapping>()?.items()?.extract()
+}
