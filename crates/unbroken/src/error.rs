@@ -71,6 +71,37 @@ pub enum Error {
         /// What is missing.
         what: String,
     },
+    /// A batch cannot be made: the program's own code failed.
+    Data {
+        /// Epoch counted from 0.
+        epoch: u64,
+        /// Which batch of the epoch, counted from 0.
+        position: u64,
+        /// What failed.
+        what: String,
+    },
+    /// A step executed again did not come out as an earlier life recorded it.
+    Diverged {
+        /// Run directory.
+        path: PathBuf,
+        /// The step.
+        step: u64,
+        /// The first component that differs.
+        component: String,
+        /// What an earlier life recorded.
+        expected: String,
+        /// What this life found.
+        found: String,
+    },
+    /// The training stopped because it was asked to; everything is saved.
+    Stopped {
+        /// Run directory.
+        path: PathBuf,
+        /// The last step, which is saved.
+        step: u64,
+        /// Who asked: a signal's name.
+        reason: String,
+    },
     /// The caller's argument is wrong.
     Invalid {
         /// Which argument, and why.
@@ -118,6 +149,9 @@ impl Error {
             Error::Identity { .. } => "IdentityError",
             Error::NoWholeCheckpoint { .. } => "NoWholeCheckpoint",
             Error::Unsupported { .. } => "UnsupportedError",
+            Error::Data { .. } => "DataError",
+            Error::Diverged { .. } => "DivergedFromJournal",
+            Error::Stopped { .. } => "Stopped",
             Error::Invalid { .. } => "InvalidArgument",
         }
     }
@@ -163,7 +197,13 @@ impl Error {
             Error::NoWholeCheckpoint { .. } => {
                 Some("nothing was deleted; restore the directory from a copy, or start in another one".into())
             }
-            Error::Unsupported { .. } | Error::Invalid { .. } => None,
+            Error::Diverged { .. } => Some(
+                "the run is not exact from here; look at both with `unbroken log` and `unbroken diff`, or go on and \
+                 have the run marked"
+                    .into(),
+            ),
+            Error::Stopped { .. } => Some("start the same command to go on".into()),
+            Error::Data { .. } | Error::Unsupported { .. } | Error::Invalid { .. } => None,
         }
     }
 
@@ -224,6 +264,33 @@ impl Error {
                     ("rejected", FieldValue::Rows(rows.collect())),
                 ]
             }
+            Error::Data {
+                epoch,
+                position,
+                what,
+            } => vec![
+                ("epoch", FieldValue::Number(Some(*epoch))),
+                ("position", FieldValue::Number(Some(*position))),
+                ("what", text(what)),
+            ],
+            Error::Diverged {
+                path,
+                step,
+                component,
+                expected,
+                found,
+            } => vec![
+                ("path", some(path)),
+                ("step", FieldValue::Number(Some(*step))),
+                ("component", text(component)),
+                ("expected", text(expected)),
+                ("found", text(found)),
+            ],
+            Error::Stopped { path, step, reason } => vec![
+                ("path", some(path)),
+                ("step", FieldValue::Number(Some(*step))),
+                ("reason", text(reason)),
+            ],
             Error::Unsupported { what } | Error::Invalid { what } => vec![("what", text(what))],
         }
     }
@@ -312,6 +379,37 @@ impl fmt::Display for Error {
                 }
             }
             Error::Unsupported { what } => write!(f, "not supported: {}", Line(what)),
+            Error::Data {
+                epoch,
+                position,
+                what,
+            } => {
+                write!(
+                    f,
+                    "batch {position} of epoch {epoch} cannot be made: {}",
+                    Line(what)
+                )
+            }
+            Error::Diverged {
+                path,
+                step,
+                component,
+                expected,
+                found,
+            } => write!(
+                f,
+                "step {step} of \"{}\", executed again, differs from the journal in \"{}\": was {}, is {}",
+                Line(&path.display()),
+                Line(component),
+                Line(expected),
+                Line(found)
+            ),
+            Error::Stopped { path, step, reason } => write!(
+                f,
+                "\"{}\" was stopped by {} at step {step}, which is saved",
+                Line(&path.display()),
+                Line(reason)
+            ),
             Error::Invalid { what } => write!(f, "{}", Line(what)),
         }
     }
@@ -385,6 +483,23 @@ mod tests {
             },
             Error::Unsupported {
                 what: "locks on this file system".into(),
+            },
+            Error::Data {
+                epoch: 3,
+                position: 4,
+                what: "the file\nis gone".into(),
+            },
+            Error::Diverged {
+                path: "runs/a".into(),
+                step: 7,
+                component: "log/loss".into(),
+                expected: "0.5".into(),
+                found: "0.25".into(),
+            },
+            Error::Stopped {
+                path: "runs/a".into(),
+                step: 7,
+                reason: "SIGTERM".into(),
             },
             Error::invalid("`last` must be at least 1"),
         ];
