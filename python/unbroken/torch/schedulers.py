@@ -65,7 +65,7 @@ def _identify(found: dict[str, Value], name: str, value: Any, seen: set[int]) ->
     elif type(value) in (list, tuple) and all(
         type(part) in (type(None), bool, int, float, str) for part in value
     ):
-        found[name] = value
+        found[name] = type(value)(value)  # A copy: training goes on to change the live one.
     elif isinstance(value, collections.Counter | dict):
         plain = {key: part for key, part in value.items() if type(key) in (int, str)}
         if plain:
