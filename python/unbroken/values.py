@@ -719,7 +719,10 @@ def _lower_numpy(numpy: Any, value: Any, path: str) -> Object:
     if isinstance(value, numpy.generic):
         if type(value) is not value.dtype.type:
             raise UnsupportedState(path, type_name(type(value)), hint=_HINT)
-        return Object("numpy_scalar", type_name(type(value)), {"dtype": dtype, "data": value.tobytes()})
+        data = (
+            value.tobytes() if value.dtype.itemsize else b""
+        )  # An empty text has no bytes, and numpy gives four.
+        return Object("numpy_scalar", type_name(type(value)), {"dtype": dtype, "data": data})
     if type(value) is not numpy.ndarray:
         raise UnsupportedState(path, type_name(type(value)), why="a subclass of numpy.ndarray", hint=_HINT)
     # The order of the axes in memory decides how sums are made, so that it is state; gaps between elements are not.

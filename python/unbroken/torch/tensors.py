@@ -444,13 +444,10 @@ def raise_constant(loader: Loader, value: Object, path: str, *, device: torch.de
     if kind == "sparse":
         return _raise_sparse(loader, value, path, device)
     if kind == "uninitialized":
-        lazy = (
-            torch.nn.UninitializedParameter
-            if value.name.endswith("Parameter")
-            else torch.nn.UninitializedBuffer
-        )
+        parameter = value.name.endswith("Parameter")
+        lazy: Any = torch.nn.UninitializedParameter if parameter else torch.nn.UninitializedBuffer
         dtype = _CONSTANTS.get(value.fields["dtype"])
-        return lazy(value.fields["requires_grad"], device or "cpu", dtype)
+        return lazy(requires_grad=value.fields["requires_grad"], device=device or "cpu", dtype=dtype)
     if kind == "ndarray":
         fields = value.fields
         if isinstance(fields["data"], Leaf):
