@@ -17,11 +17,17 @@ from unbroken import errors
 from unbroken.errors import UnbrokenError
 
 if TYPE_CHECKING:
+    from unbroken.policy import Keep, Policy
     from unbroken.run import Run, load
 
-__all__ = ["Run", "UnbrokenError", "errors", "load"]
+__all__ = ["Keep", "Policy", "Run", "UnbrokenError", "errors", "load"]
 
-_LAZY = {"Run": "unbroken.run", "load": "unbroken.run"}
+_LAZY = {
+    "Keep": "unbroken.policy",
+    "Policy": "unbroken.policy",
+    "Run": "unbroken.run",
+    "load": "unbroken.run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -726,7 +726,9 @@ class Run:
             if self._replayed_from is None:
                 self._replayed_from = self.step
             if self.step == self._core.recorded_until and phase == _IN_EPOCH:
-                self._say(f"steps {self._replayed_from}-{self.step} executed again: identical")
+                first, last = self._replayed_from, self.step
+                steps = f"step {last}" if first == last else f"steps {first}-{last}"
+                self._say(f"{steps} executed again: identical")
 
     def _diverged(self, difference: _core.Difference) -> None:
         error = DivergedFromJournal(
