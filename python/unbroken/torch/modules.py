@@ -6,11 +6,11 @@ holds it and because its address is part of what decides the bits. Wrappers (DDP
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
@@ -38,10 +38,16 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while True:
         if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
             module = module.module
-        elif isinstance(module, OptimizedModule):
-            module = module._orig_mod
+        elif _is_compiled(module):
+            module = module._orig_mod  # type: ignore[assignment]
         else:
             return module
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    # Looked up and not imported: a program that compiles has it, and for the others it costs seconds.
+    frame = sys.modules.get("torch._dynamo.eval_frame")
+    return frame is not None and isinstance(module, frame.OptimizedModule)
 
 
 def walk(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -7,6 +7,7 @@ optimizers, schedulers, scalers, others. The process's own generators are not he
 
 from __future__ import annotations
 
+import collections
 import enum
 import itertools
 import weakref
@@ -29,7 +30,7 @@ from unbroken.torch.tensors import Loader, Storages
 if TYPE_CHECKING:
     from unbroken._core import Checkpoint, Value
 
-_CONTAINERS = (list, dict, set, bytearray)
+_CONTAINERS = (list, dict, set, collections.deque, bytearray)
 
 
 @dataclass
@@ -141,7 +142,7 @@ def _capture_one(walk: Capture, name: str, item: Any) -> Value:
         return {"kind": "tensor", "tensor": walk.storages.lower(item, name), "grad": grad}
     if rng.is_generator(item):
         return {"kind": "generator", "state": rng.capture_generator(item)}
-    if isinstance(item, _CONTAINERS) or values.type_name(type(item)).startswith("collections."):
+    if isinstance(item, _CONTAINERS):
         return {"kind": "container", "value": _lower_container(walk, item, name)}
     if _has_protocol(item) and not _holds_optimizer(item):
         state = values.lower(item.state_dict(), path=name, extend=tensors.extend_lower(walk.storages))
