@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::draws::Draws;
@@ -905,8 +905,9 @@ fn environment() -> Vec<(String, Value)> {
         ("cpu.features".to_owned(), Value::from(cpu_features())),
     ];
     // The program's own file: another build may round otherwise.
-    if let Some(digest) = program_digest() {
-        environment.push(("program".to_owned(), Value::from(digest)));
+    static PROGRAM: OnceLock<Option<String>> = OnceLock::new();
+    if let Some(digest) = PROGRAM.get_or_init(program_digest) {
+        environment.push(("program".to_owned(), Value::from(digest.as_str())));
     }
     environment
 }
