@@ -434,6 +434,15 @@ impl Run {
         guard(&self.store).checkpoints()
     }
 
+    /// Opens one of the checkpoints by name, its tensors not read yet.
+    ///
+    /// # Errors
+    ///
+    /// Damage of its manifest, or of a pack's length or header.
+    pub fn checkpoint(&self, name: &str) -> Result<Checkpoint> {
+        Checkpoint::open_in(&self.directory, name)
+    }
+
     /// Closes the journal and gives the lock back. Idempotent.
     ///
     /// # Errors

@@ -156,7 +156,11 @@ impl Checkpoint {
             above
         };
         let storage = DiskStorage::open(above).map_err(|error| Error::io("open directory", above, error))?;
-        let checkpoint = Checkpoint::load(&Directory::new(Arc::new(storage)), name)?;
+        Checkpoint::open_in(&Directory::new(Arc::new(storage)), name)
+    }
+
+    pub(crate) fn open_in(directory: &Directory, name: &str) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::load(directory, name)?;
         checkpoint.check_packs()?;
         Ok(checkpoint)
     }
@@ -463,7 +467,7 @@ fn below(part: &str, child: &Value, path: &mut String, depth: usize, visit: &mut
 }
 
 /// A mapping's key as a part of a path.
-pub(crate) fn key_text(key: &Value) -> String {
+pub fn key_text(key: &Value) -> String {
     match key {
         Value::Str(text) => text.clone(),
         Value::Int(number) => number.to_string(),

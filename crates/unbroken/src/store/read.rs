@@ -82,7 +82,7 @@ impl Checkpoint {
     }
 
     /// Checks that each pack is there, as long as it should be, with the header that the manifest names.
-    pub(super) fn check_packs(&self) -> Result<()> {
+    pub fn check_packs(&self) -> Result<()> {
         for entry in &self.manifest.packs {
             let source = open_pack(&self.directory, entry)?;
             let mut first = [0; 8];

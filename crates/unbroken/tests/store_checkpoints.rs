@@ -1,0 +1,679 @@
+//! Checkpoints: what is written, what is not written twice, what a failing disk and damaged files come to.
+//!
+//! Touches: memory; a temporary directory for reading by path.
+
+mod world;
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use unbroken::compare;
+use unbroken::error::Error;
+use unbroken::run::{Options, Run, read_checkpoint, read_journal, read_run};
+use unbroken::state::Value;
+use unbroken::storage::Storage;
+use unbroken::storage::faulty::{Fault, FaultyStorage};
+use unbroken::storage::memory::MemoryStorage;
+use unbroken::store::{Best, Commit, Order, Retention};
+use world::{
+    FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, open, resumed_step,
+    run_in_memory, shared, train,
+};
+
+#[test]
+fn what_was_committed_is_what_the_next_life_opens() {
+    let memory = run_in_memory(3);
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(3));
+    let checkpoint = run.resumed_from().unwrap();
+    assert_exact(checkpoint);
+    let info = checkpoint.info();
+    assert_eq!(
+        (info.life, info.run_id.as_str(), info.pinned),
+        (1, run.id(), false)
+    );
+    assert_eq!(info.identity, vec![("workers".to_owned(), Value::Int(2))]);
+    assert_eq!(info.size_bytes, FROZEN as u64 + 80);
+    assert_eq!(
+        run.checkpoints().iter().map(|info| info.step).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
+    assert!(run.warnings().is_empty(), "{:?}", run.warnings());
+}
+
+#[test]
+fn equal_storages_are_written_once_in_a_checkpoint_across_checkpoints_and_across_lives() {
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    let bytes = [vec![1u8; 500_000], vec![1u8; 500_000], vec![2u8; 10]];
+    let commit = |run: &Run, step: u64| {
+        run.commit(Commit {
+            step,
+            phase: 0,
+            tree: Value::List(vec![leaf(0, 125_000), leaf(1, 125_000)]),
+            storages: bytes.iter().map(Vec::as_slice).collect(),
+            identity: Vec::new(),
+            environment: Vec::new(),
+            metrics: Vec::new(),
+            pinned: false,
+        })
+    };
+    let first = commit(&run, 0).unwrap();
+    assert!(
+        (500_010..501_000).contains(&first.new_bytes),
+        "{}",
+        first.new_bytes
+    );
+    assert_eq!(first.size_bytes, 1_000_010);
+    assert_eq!(commit(&run, 1).unwrap().new_bytes, 0);
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    assert_eq!(commit(&run, 2).unwrap().new_bytes, 0);
+    assert_eq!(files_in(&memory, "objects").len(), 1);
+    assert_eq!(files_in(&memory, "checkpoints").len(), 3);
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(run.resumed_from().unwrap().read(1).unwrap(), bytes[1]);
+}
+
+#[test]
+fn bytes_that_were_damaged_since_are_not_relied_on_by_the_next_checkpoint() {
+    // The frozen leaf of step 1 is step 0's bytes; only those break, in a way that keeps step 1 from being resumed from.
+    // Step 0 is broken as well, so the run cannot be opened; but a running one that lost the file writes it again.
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=1).unwrap();
+    for name in files_in(&memory, "objects").into_keys() {
+        memory.remove(&format!("objects/{name}")).unwrap();
+    }
+    train(&run, 2..=2).unwrap();
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(2));
+    assert_exact(run.resumed_from().unwrap());
+}
+
+#[test]
+fn thousands_of_small_tensors_are_written_with_few_calls() {
+    let faulty = FaultyStorage::new(Arc::new(MemoryStorage::new()));
+    let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+    run.begin().unwrap();
+    let bytes: Vec<Vec<u8>> = (0..3000u32).map(|index| index.to_le_bytes().repeat(25)).collect();
+    faulty.heal();
+    run.commit(Commit {
+        step: 0,
+        phase: 0,
+        tree: Value::List((0..3000).map(|index| leaf(index, 25)).collect()),
+        storages: bytes.iter().map(Vec::as_slice).collect(),
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+    })
+    .unwrap();
+    assert!(faulty.operations().len() < 40, "{:?}", faulty.operations());
+    run.close().unwrap();
+    let run = open(&(Arc::new(faulty) as Arc<dyn Storage>)).unwrap();
+    assert_eq!(run.resumed_from().unwrap().read(2999).unwrap(), bytes[2999]);
+}
+
+#[test]
+fn an_operation_of_a_commit_that_fails_once_costs_that_commit_only() {
+    // Steps 0 and 1 are committed. In step 2's commit one operation fails; the error says which and where. Everything
+    // before is whole, nothing of step 2 is claimed, and the same commit works when made again.
+    for fault in [
+        Fault::Device,
+        Fault::NoSpace,
+        Fault::TooManyFiles,
+        Fault::Interrupted,
+        Fault::ShortWrite,
+    ] {
+        for index in 0.. {
+            let memory = MemoryStorage::new();
+            let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+            let storage: Arc<dyn Storage> = Arc::new(faulty.clone());
+            let run = open(&storage).unwrap();
+            run.begin().unwrap();
+            train(&run, 0..=1).unwrap();
+            run.record(2, 0, 0, 2, components(2)).unwrap();
+            faulty.fail_at(index, fault);
+            let outcome = commit_at(&run, 2);
+            let operations = faulty.operations();
+            let story = format!("{fault:?} at operation {index} of {operations:?}");
+            faulty.heal();
+            match &outcome {
+                Ok(info) => assert!(
+                    memory.files().contains_key(&format!("checkpoints/{}", info.name)),
+                    "{story}"
+                ),
+                Err(Error::Io {
+                    doing,
+                    path,
+                    needed_bytes,
+                    free_bytes,
+                    ..
+                }) => {
+                    assert!(!doing.is_empty() && path.starts_with("memory:"), "{story}");
+                    let known = needed_bytes.is_some_and(|bytes| bytes > 80) && *free_bytes == Some(4096);
+                    assert!(fault != Fault::NoSpace || known, "{story}: {outcome:?}");
+                }
+                Err(other) => panic!("{story}: {other}"),
+            }
+            if outcome.is_err() {
+                // What another process would see at this moment.
+                let other = open(&shared(&memory.fork())).unwrap();
+                assert_eq!(resumed_step(&other), Some(1), "{story}");
+                assert!(other.rejected().is_empty(), "{story}: {:?}", other.rejected());
+                commit_at(&run, 2).unwrap_or_else(|error| panic!("{story}: {error}"));
+            }
+            train(&run, 3..=3).unwrap_or_else(|error| panic!("{story}: {error}"));
+            run.close().unwrap();
+            assert!(
+                files_in(&memory, "tmp").is_empty(),
+                "{story}: {:?}",
+                files_in(&memory, "tmp").keys()
+            );
+            assert_eq!(files_in(&memory, "objects").len(), 4, "{story}");
+            assert_eq!(files_in(&memory, "checkpoints").len(), 4, "{story}");
+            let run = open(&shared(&memory)).unwrap();
+            assert_eq!(resumed_step(&run), Some(3), "{story}");
+            assert!(run.warnings().is_empty(), "{story}: {:?}", run.warnings());
+            assert_exact(run.resumed_from().unwrap());
+            if operations.len() <= index {
+                assert!(outcome.is_ok() && index > 10, "{story}");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn an_operation_of_a_prune_that_fails_once_loses_no_checkpoint_that_is_kept() {
+    let policy = Retention {
+        last: Some(2),
+        ..Retention::default()
+    };
+    let before = run_in_memory(4);
+    for index in 0.. {
+        let memory = before.fork();
+        let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+        let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+        faulty.fail_at(index, Fault::Device);
+        let outcome = run.prune(&policy, false);
+        let failed = faulty.operations().len() > index;
+        assert!(failed == outcome.is_err(), "operation {index}: {outcome:?}");
+        faulty.heal();
+        assert_eq!(
+            open(&shared(&memory.fork()))
+                .map(|run| resumed_step(&run))
+                .unwrap(),
+            Some(4)
+        );
+        run.prune(&policy, false).unwrap();
+        run.close().unwrap();
+        let run = open(&shared(&memory)).unwrap();
+        assert_eq!(
+            run.checkpoints().iter().map(|info| info.step).collect::<Vec<_>>(),
+            [3, 4],
+            "operation {index}"
+        );
+        assert!(run.rejected().is_empty());
+        assert_exact(run.resumed_from().unwrap());
+        if !failed {
+            assert!(index > 5);
+            break;
+        }
+    }
+}
+
+/// Name of the only file in a directory of the run that belongs to a step: its manifest, or the pack it added.
+fn manifest_of(memory: &MemoryStorage, step: u64) -> String {
+    let names = files_in(memory, "checkpoints");
+    let name = names
+        .into_keys()
+        .find(|name| name.starts_with(&format!("{step:09}-")))
+        .unwrap();
+    format!("checkpoints/{name}")
+}
+
+fn pack_of(memory: &MemoryStorage, step: u64) -> String {
+    let run = open(&shared(&memory.fork())).unwrap();
+    let overview = run.checkpoints();
+    let info = overview.iter().find(|info| info.step == step).unwrap();
+    let bytes = memory.files()[&format!("checkpoints/{}", info.name)].clone();
+    let (manifest, _) = unbroken::format::manifest::decode(&bytes).unwrap();
+    format!("objects/{}", manifest.packs.last().unwrap().name)
+}
+
+#[test]
+fn every_kind_of_incomplete_newest_checkpoint_falls_back_and_is_named() {
+    // A run with steps 0 to 4. The newest, or the two newest, are damaged in one way; the next life goes on from the
+    // newest whole one and names each that it passed over. With `strict` it refuses instead.
+    type Damage = fn(&MemoryStorage);
+    let kinds: [(&str, u64, usize, Damage); 8] = [
+        ("a truncated pack", 3, 1, |memory| {
+            let name = pack_of(memory, 4);
+            let mut bytes = memory.files()[&name].clone();
+            bytes.truncate(bytes.len() - 1);
+            memory.put(&name, bytes);
+        }),
+        ("empty files in the two newest", 2, 2, |memory| {
+            for step in [3, 4] {
+                let (pack, manifest) = (pack_of(memory, step), manifest_of(memory, step));
+                memory.put(&pack, Vec::new());
+                memory.put(&manifest, Vec::new());
+            }
+        }),
+        ("a deleted manifest", 3, 0, |memory| {
+            memory.remove(&manifest_of(memory, 4)).unwrap()
+        }),
+        ("a deleted pack", 3, 1, |memory| {
+            memory.remove(&pack_of(memory, 4)).unwrap()
+        }),
+        ("an empty directory with a higher number", 4, 1, |memory| {
+            memory
+                .create_dir("checkpoints/000000009-0-0123456789abcdef")
+                .unwrap();
+        }),
+        ("an older pack under the newest one's name", 3, 1, |memory| {
+            let older = memory.files()[&pack_of(memory, 2)].clone();
+            memory.put(&pack_of(memory, 4), older);
+        }),
+        ("an older manifest under the newest one's name", 3, 1, |memory| {
+            let older = memory.files()[&manifest_of(memory, 2)].clone();
+            memory.put(&manifest_of(memory, 4), older);
+        }),
+        ("a changed byte in a tensor", 3, 1, |memory| {
+            let name = pack_of(memory, 4);
+            let mut bytes = memory.files()[&name].clone();
+            *bytes.last_mut().unwrap() ^= 1;
+            memory.put(&name, bytes);
+        }),
+    ];
+    let before = run_in_memory(4);
+    for (kind, step, rejected, damage) in kinds {
+        let memory = before.fork();
+        damage(&memory);
+        let strict = Run::open_on(
+            shared(&memory.fork()),
+            &Options {
+                strict: true,
+                ..Options::default()
+            },
+        );
+        assert_eq!(strict.is_err(), rejected > 0, "{kind}");
+        let run = open(&shared(&memory)).unwrap();
+        assert_eq!(resumed_step(&run), Some(step), "{kind}");
+        assert_exact(run.resumed_from().unwrap());
+        assert_eq!(run.rejected().len(), rejected, "{kind}: {:?}", run.rejected());
+        assert!(
+            run.rejected()
+                .iter()
+                .all(|(name, why)| name.len() > 20 && !why.is_empty()),
+            "{kind}"
+        );
+        run.begin().unwrap();
+        // What earlier lives executed is executed again, and is the same.
+        train(&run, step + 1..=6).unwrap();
+        run.close().unwrap();
+        let run = open(&shared(&memory)).unwrap();
+        assert_eq!(resumed_step(&run), Some(6), "{kind}");
+    }
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_all_lost_is_refused_and_left_alone() {
+    type Damage = fn(&MemoryStorage);
+    let kinds: [(&str, Damage); 3] = [
+        ("all manifests deleted", |memory| {
+            for name in files_in(memory, "checkpoints").into_keys() {
+                memory.remove(&format!("checkpoints/{name}")).unwrap();
+            }
+        }),
+        ("all manifests empty", |memory| {
+            for name in files_in(memory, "checkpoints").into_keys() {
+                memory.put(&format!("checkpoints/{name}"), Vec::new());
+            }
+        }),
+        ("all packs deleted", |memory| {
+            for name in files_in(memory, "objects").into_keys() {
+                memory.remove(&format!("objects/{name}")).unwrap();
+            }
+        }),
+    ];
+    for (kind, damage) in kinds {
+        let memory = run_in_memory(2);
+        damage(&memory);
+        let before: Vec<_> = memory
+            .files()
+            .into_iter()
+            .filter(|(name, _)| name != "lock")
+            .collect();
+        for _ in 0..2 {
+            let error = open(&shared(&memory)).unwrap_err();
+            assert!(
+                matches!(&error, Error::NoWholeCheckpoint { rejected, .. } if !rejected.is_empty()),
+                "{kind}: {error}"
+            );
+        }
+        let after: Vec<_> = memory
+            .files()
+            .into_iter()
+            .filter(|(name, _)| name != "lock")
+            .collect();
+        assert_eq!(after, before, "{kind}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_checkpoint_is_found_before_a_byte_is_handed_out() {
+    // Two checkpoints that share a pack; one bit at a time, over the newer one's manifest and both packs. The run must
+    // not resume from a checkpoint that the bit belongs to, and verifying must find it.
+    let before = run_in_memory(1);
+    let manifest = manifest_of(&before, 1);
+    let newest = open(&shared(&before.fork()))
+        .unwrap()
+        .resumed_from()
+        .unwrap()
+        .clone();
+    let packs = newest
+        .manifest()
+        .packs
+        .iter()
+        .map(|pack| format!("objects/{}", pack.name));
+    let mut flips = 0;
+    for name in packs.chain([manifest]) {
+        let bytes = before.files()[&name].clone();
+        let span = bytes.len() * 8;
+        for flip in 0..150 {
+            // Spread over the file, first and last bit included; a prime step visits all bit positions.
+            let bit = if flip == 149 {
+                span - 1
+            } else {
+                flip * (span / 149)
+            };
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let memory = before.fork();
+            memory.put(&name, damaged);
+            flips += 1;
+            match open(&shared(&memory)) {
+                Ok(run) if resumed_step(&run) == Some(1) => {
+                    // The bit is in what only step 0 has, in the pack that both refer to.
+                    assert_exact(run.resumed_from().unwrap());
+                    let older = run.checkpoint(&run.checkpoints()[0].name).unwrap();
+                    let error = older.verify().unwrap_err();
+                    assert!(
+                        matches!(error, Error::Damaged { .. }),
+                        "bit {bit} of {name}: {error}"
+                    );
+                }
+                Ok(run) => {
+                    assert_eq!(run.rejected().len(), 1, "bit {bit} of {name}");
+                    assert_exact(run.resumed_from().unwrap());
+                }
+                // A byte of the first pack that both checkpoints refer to.
+                Err(error) => {
+                    assert!(
+                        matches!(error, Error::NoWholeCheckpoint { .. }),
+                        "bit {bit} of {name}: {error}"
+                    );
+                }
+            }
+        }
+    }
+    assert_eq!(flips, 450);
+}
+
+#[test]
+fn reading_a_damaged_tensor_names_its_file_and_leaf() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("run");
+    let run = Run::open(&path, &Options::default()).unwrap();
+    run.begin().unwrap();
+    let info = commit_at(&run, 0).unwrap();
+    run.close().unwrap();
+    let whole = read_checkpoint(&info.path).unwrap();
+    assert_exact(&whole);
+    assert_exact(&read_checkpoint(&path).unwrap());
+    let pack = path.join("objects").join(&whole.manifest().packs[0].name);
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let weight = whole.manifest().storages[1].offset as usize;
+    bytes[weight] ^= 4;
+    std::fs::write(&pack, bytes).unwrap();
+    let opened = read_checkpoint(&info.path).unwrap();
+    assert_eq!(opened.read(0).unwrap().len(), FROZEN);
+    for error in [opened.read(1).unwrap_err(), opened.verify().unwrap_err()] {
+        let Error::Damaged {
+            path,
+            part,
+            expected,
+            found,
+        } = &error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!((path, part.as_str()), (&pack, "model/weight"));
+        assert_ne!(expected, found);
+    }
+    assert!(matches!(
+        read_checkpoint(&path),
+        Err(Error::NoWholeCheckpoint { .. })
+    ));
+    let mut small = [0; 3];
+    assert!(matches!(
+        opened.read_into(vec![(0, &mut small[..])]),
+        Err(Error::Invalid { .. })
+    ));
+    assert!(matches!(opened.read(99), Err(Error::Invalid { .. })));
+}
+
+#[test]
+fn the_newest_the_best_and_the_pinned_stay_and_another_runs_checkpoint_is_untouched() {
+    // Steps 9000 to 10100 by 100, the best at 9300, a pinned one at 9500; a directory with step 50000 of another run.
+    let other = run_in_memory(0);
+    let run = open(&shared(&other)).unwrap();
+    run.begin().unwrap();
+    run.record(50_000, 0, 0, 0, components(1)).unwrap();
+    let foreign = commit_at(&run, 50_000).unwrap();
+    run.close().unwrap();
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.close().unwrap();
+    let theirs: Vec<_> = other
+        .files()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("objects/"))
+        .collect();
+    let manifest = format!("checkpoints/{}", foreign.name);
+    for (name, bytes) in theirs
+        .iter()
+        .cloned()
+        .chain([(manifest.clone(), other.files()[&manifest].clone())])
+    {
+        memory.put(&name, bytes);
+    }
+    let policy = Retention {
+        last: Some(2),
+        best: Some(Best {
+            metric: "score".to_owned(),
+            order: Order::Min,
+            count: 1,
+        }),
+        ..Retention::default()
+    };
+    let run = open(&shared(&memory)).unwrap();
+    assert!(
+        run.warnings()
+            .iter()
+            .any(|warning| warning.contains(&foreign.name)),
+        "{:?}",
+        run.warnings()
+    );
+    run.begin().unwrap();
+    for step in (9_000..=10_100).step_by(100) {
+        run.record(step, 0, 0, step, components(step)).unwrap();
+        let score = if step == 9_300 { 0.1 } else { step as f64 };
+        let score = if step == 9_100 { f64::NAN } else { score };
+        commit_with(&run, step, vec![("score".to_owned(), score)], step == 9_500).unwrap();
+        let shown = run.prune(&policy, true).unwrap();
+        assert_eq!(
+            run.prune(&policy, false).unwrap(),
+            shown,
+            "the dry run shows what goes"
+        );
+        let kept: Vec<u64> = run.checkpoints().iter().map(|info| info.step).collect();
+        assert!(
+            kept.contains(&step) && (step < 9_100 || kept.contains(&(step - 100))),
+            "{kept:?}"
+        );
+    }
+    let kept: Vec<u64> = run.checkpoints().iter().map(|info| info.step).collect();
+    assert_eq!(kept, [9_300, 9_500, 10_000, 10_100]);
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(10_100));
+    let files = memory.files();
+    assert!(files.contains_key(&manifest));
+    assert!(theirs.iter().all(|(name, bytes)| files.get(name) == Some(bytes)));
+    assert_eq!(files_in(&memory, "checkpoints").len(), 5);
+    assert!(matches!(
+        run.prune(
+            &Retention {
+                last: Some(0),
+                ..Retention::default()
+            },
+            true
+        ),
+        Err(Error::Invalid { .. })
+    ));
+    assert!(run.prune(&Retention::default(), false).unwrap().is_empty());
+    let every = Retention {
+        every: Some(500),
+        ..Retention::default()
+    };
+    assert_eq!(run.prune(&every, false).unwrap().len(), 1);
+    let kept: Vec<u64> = run.checkpoints().iter().map(|info| info.step).collect();
+    assert_eq!(kept, [9_500, 10_000, 10_100]);
+}
+
+#[test]
+fn nothing_is_deleted_while_the_newest_checkpoint_is_damaged() {
+    let memory = run_in_memory(3);
+    let run = open(&shared(&memory)).unwrap();
+    let pack = pack_of(&memory, 3);
+    let mut bytes = memory.files()[&pack].clone();
+    *bytes.last_mut().unwrap() ^= 1;
+    memory.put(&pack, bytes);
+    let before = files_in(&memory, "checkpoints");
+    let error = run
+        .prune(
+            &Retention {
+                last: Some(1),
+                ..Retention::default()
+            },
+            false,
+        )
+        .unwrap_err();
+    assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    assert_eq!(files_in(&memory, "checkpoints"), before);
+}
+
+#[test]
+fn packs_stay_while_a_manifest_cannot_be_read() {
+    let memory = run_in_memory(3);
+    let manifest = manifest_of(&memory, 1);
+    memory.put(&manifest, b"rubbish".to_vec());
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(run.rejected(), [], "an older one is a warning");
+    assert!(
+        run.warnings()
+            .iter()
+            .any(|warning| warning.contains("000000001-")),
+        "{:?}",
+        run.warnings()
+    );
+    let gone = run
+        .prune(
+            &Retention {
+                last: Some(1),
+                ..Retention::default()
+            },
+            false,
+        )
+        .unwrap();
+    assert_eq!(gone.len(), 2);
+    assert_eq!(files_in(&memory, "objects").len(), 4);
+    run.close().unwrap();
+    memory.remove(&manifest).unwrap();
+    open(&shared(&memory)).unwrap();
+    assert_eq!(
+        files_in(&memory, "objects").len(),
+        2,
+        "the newest one's and the one with the frozen leaf"
+    );
+}
+
+#[test]
+fn two_checkpoints_are_compared_leaf_by_leaf() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("run");
+    let run = Run::open(
+        &path,
+        &Options {
+            seed: Some(1),
+            ..Options::default()
+        },
+    )
+    .unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=2).unwrap();
+    let overview = read_run(&path).unwrap();
+    assert_eq!((overview.checkpoints.len(), overview.seed), (3, 1));
+    let (one, two) = (&overview.checkpoints[1], &overview.checkpoints[2]);
+    assert_eq!(compare::compare_checkpoints(one, one, true).unwrap(), []);
+    let leaves = compare::compare_checkpoints(one, two, true).unwrap();
+    let paths: Vec<&str> = leaves.iter().map(|leaf| leaf.path.as_str()).collect();
+    assert_eq!(paths, ["model/weight", "optimizer/0/0", "optimizer/0/1"]);
+    let elements = leaves[0].elements.as_ref().unwrap();
+    assert_eq!((elements.count, elements.differing, elements.first), (10, 10, 0));
+    // 100.0 and 200.0 have equal significands: their distance is one doubling, 2^23 places.
+    assert_eq!(elements.max_ulp, Some(1 << 23));
+    assert_eq!(
+        (leaves[2].expected.as_str(), leaves[2].found.as_str()),
+        ("1", "2")
+    );
+    assert!(
+        compare::compare_checkpoints(one, two, false).unwrap()[0]
+            .elements
+            .is_none()
+    );
+    let journal = read_journal(&path).unwrap();
+    assert_eq!(compare::first_difference(&journal, &journal), None);
+    let mut shorter = journal.clone();
+    shorter.boundaries.pop();
+    let comparison = compare::compare_journals(&journal, &shorter);
+    assert_eq!((comparison.equal, comparison.last_equal), (1, Some((1, 0))));
+    assert_eq!(comparison.difference.unwrap().component, "boundary");
+}
+
+#[test]
+fn a_missing_run_is_an_error_that_names_it() {
+    let place = tempfile::tempdir().unwrap();
+    let nowhere = place.path().join("nowhere");
+    for error in [
+        read_checkpoint(&nowhere).unwrap_err(),
+        read_journal(&nowhere).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("nowhere"), "{error}");
+    }
+    let error = read_journal(place.path()).unwrap_err();
+    assert!(matches!(error, Error::Format { .. }), "{error}");
+    let Error::Io { source, .. } = read_journal(&nowhere).unwrap_err() else {
+        panic!("not found is of the system")
+    };
+    assert_eq!(source.kind(), ErrorKind::NotFound);
+}

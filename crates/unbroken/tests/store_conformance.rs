@@ -1,0 +1,267 @@
+//! What every storage promises, asked of the one on disk and the one in memory.
+//!
+//! Touches: a temporary directory.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use unbroken::Error;
+use unbroken::storage::disk::DiskStorage;
+use unbroken::storage::faulty::{Fault, FaultyStorage};
+use unbroken::storage::memory::{Leftovers, MemoryStorage};
+use unbroken::storage::{Claim, Directory, Storage};
+
+/// Runs a check on each storage, fresh.
+fn on_each(check: impl Fn(&Directory)) {
+    check(&Directory::new(Arc::new(MemoryStorage::new())));
+    let place = tempfile::tempdir().unwrap();
+    check(&Directory::new(Arc::new(
+        DiskStorage::open(place.path()).unwrap(),
+    )));
+}
+
+fn kind(error: &Error) -> ErrorKind {
+    match error {
+        Error::Io { source, .. } => source.kind(),
+        other => panic!("not an error of the operating system: {other}"),
+    }
+}
+
+fn put(directory: &Directory, name: &str, bytes: &[u8]) {
+    let mut file = directory.create_new(name).unwrap();
+    file.write_all(bytes).unwrap();
+    file.sync().unwrap();
+}
+
+#[test]
+fn what_was_written_is_read_back_in_whole_and_in_part() {
+    on_each(|directory| {
+        directory.create_dir("d").unwrap();
+        directory.create_dir("d").unwrap();
+        let mut file = directory.create_new("d/f").unwrap();
+        file.write_all(b"hello ").unwrap();
+        file.write_all(b"").unwrap();
+        file.write_all(b"world").unwrap();
+        assert_eq!(file.written(), 11);
+        file.sync().unwrap();
+        directory.sync_dir("d").unwrap();
+        assert_eq!(directory.read_all("d/f", 11).unwrap(), b"hello world");
+        let source = directory.open("d/f").unwrap();
+        assert_eq!(source.len().unwrap(), 11);
+        let mut part = [0; 5];
+        source.read_exact_at(6, &mut part).unwrap();
+        assert_eq!(&part, b"world");
+        assert_eq!(
+            kind(&source.read_exact_at(7, &mut part).unwrap_err()),
+            ErrorKind::UnexpectedEof
+        );
+        assert_eq!(directory.list("").unwrap(), ["d"]);
+        assert_eq!(directory.list("d").unwrap(), ["f"]);
+    });
+}
+
+#[test]
+fn no_name_is_ever_replaced() {
+    on_each(|directory| {
+        put(directory, "a", b"first");
+        put(directory, "b", b"second");
+        assert_eq!(
+            kind(&directory.create_new("a").unwrap_err()),
+            ErrorKind::AlreadyExists
+        );
+        assert_eq!(
+            kind(&directory.rename_new("b", "a").unwrap_err()),
+            ErrorKind::AlreadyExists
+        );
+        assert_eq!(directory.read_all("a", 100).unwrap(), b"first");
+        assert_eq!(directory.read_all("b", 100).unwrap(), b"second");
+        directory.rename_new("b", "c").unwrap();
+        assert_eq!(directory.list("").unwrap(), ["a", "c"]);
+        assert_eq!(
+            kind(&directory.rename_new("b", "d").unwrap_err()),
+            ErrorKind::NotFound
+        );
+    });
+}
+
+#[test]
+fn a_file_longer_than_the_limit_is_refused_by_its_length() {
+    on_each(|directory| {
+        put(directory, "long", &[1; 1000]);
+        let error = directory.read_all("long", 999).unwrap_err();
+        assert_eq!(kind(&error), ErrorKind::FileTooLarge);
+    });
+}
+
+#[test]
+fn removing_twice_is_fine_and_removing_a_directory_is_not() {
+    on_each(|directory| {
+        put(directory, "f", b"x");
+        directory.create_dir("d").unwrap();
+        directory.remove("f").unwrap();
+        directory.remove("f").unwrap();
+        assert!(directory.remove("d").is_err());
+        assert_eq!(directory.list("").unwrap(), ["d"]);
+        assert!(directory.list_if_there("nowhere").unwrap().is_empty());
+        assert_eq!(kind(&directory.list("nowhere").unwrap_err()), ErrorKind::NotFound);
+    });
+}
+
+#[test]
+fn names_that_lead_out_of_the_directory_are_refused() {
+    on_each(|directory| {
+        for name in [
+            "..",
+            "../x",
+            "d/../../x",
+            "/etc/passwd",
+            "d/",
+            "a/b/c",
+            ".",
+            "d/..",
+        ] {
+            assert_eq!(
+                kind(&directory.open(name).unwrap_err()),
+                ErrorKind::InvalidInput,
+                "{name}"
+            );
+            assert_eq!(
+                kind(&directory.create_new(name).unwrap_err()),
+                ErrorKind::InvalidInput,
+                "{name}"
+            );
+            assert!(directory.remove(name).is_err(), "{name}");
+        }
+    });
+}
+
+#[test]
+fn only_plain_files_open() {
+    on_each(|directory| {
+        directory.create_dir("d").unwrap();
+        assert_eq!(kind(&directory.open("d").unwrap_err()), ErrorKind::InvalidInput);
+        assert!(directory.create_new("d").is_err());
+        put(directory, "f", b"x");
+        assert!(directory.create_dir("f").is_err());
+    });
+}
+
+#[test]
+fn a_storage_is_locked_once_until_the_lock_is_dropped() {
+    on_each(|directory| {
+        let Claim::Held(lock) = directory.lock("lock").unwrap() else {
+            panic!("nobody holds it")
+        };
+        lock.check().unwrap();
+        let Claim::Refused(holder) = directory.lock("lock").unwrap() else {
+            panic!("it is held")
+        };
+        assert_eq!(holder, Some(std::process::id()));
+        lock.check().unwrap();
+        drop(lock);
+        assert!(matches!(directory.lock("lock").unwrap(), Claim::Held(_)));
+    });
+}
+
+#[test]
+fn interrupted_and_short_calls_are_carried_on_with() {
+    for fault in [Fault::Interrupted, Fault::ShortWrite] {
+        for at in 0..12 {
+            let faulty = FaultyStorage::new(Arc::new(MemoryStorage::new()));
+            let directory = Directory::new(Arc::new(faulty.clone()));
+            faulty.fail_at(at, fault);
+            directory.create_dir("d").unwrap();
+            let mut file = directory.create_new("d/t").unwrap();
+            file.write_all(b"some bytes").unwrap();
+            let synced = file.sync();
+            // A sync is the one call that is not made again: what it would then say is worth nothing.
+            let sync_index = faulty
+                .operations()
+                .iter()
+                .position(|operation| *operation == "sync")
+                .unwrap();
+            assert_eq!(
+                synced.is_err(),
+                fault == Fault::Interrupted && sync_index == at,
+                "{fault:?} at {at}"
+            );
+            directory.rename_new("d/t", "d/f").unwrap();
+            directory.sync_dir("d").unwrap();
+            assert_eq!(
+                directory.read_all("d/f", 100).unwrap(),
+                b"some bytes",
+                "{fault:?} at {at}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_link_planted_in_the_directory_is_not_followed() {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("secret"), b"secret").unwrap();
+    let place = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(outside.path().join("secret"), place.path().join("file")).unwrap();
+    std::os::unix::fs::symlink(outside.path(), place.path().join("dir")).unwrap();
+    let directory = Directory::new(Arc::new(DiskStorage::open(place.path()).unwrap()));
+    assert!(directory.open("file").is_err());
+    assert!(directory.open("dir/secret").is_err());
+    assert!(directory.list("dir").is_err());
+    assert!(directory.create_dir("dir").is_err());
+    assert!(directory.create_new("dir/new").is_err());
+    assert!(directory.remove("dir/secret").is_err());
+    assert!(directory.lock("file").is_err());
+    assert_eq!(std::fs::read(outside.path().join("secret")).unwrap(), b"secret");
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn directories_are_made_with_their_parents_and_a_file_in_the_way_is_an_error() {
+    let place = tempfile::tempdir().unwrap();
+    let deep = place.path().join("a/b/c");
+    DiskStorage::create(&deep).unwrap();
+    DiskStorage::create(&deep).unwrap();
+    assert!(deep.is_dir());
+    std::fs::write(place.path().join("file"), b"x").unwrap();
+    assert_eq!(
+        DiskStorage::create(&place.path().join("file"))
+            .unwrap_err()
+            .kind(),
+        ErrorKind::NotADirectory
+    );
+    assert_eq!(
+        DiskStorage::create(&place.path().join("file/x"))
+            .unwrap_err()
+            .kind(),
+        ErrorKind::NotADirectory
+    );
+}
+
+#[test]
+fn a_power_cut_takes_what_was_not_synced() {
+    let memory = MemoryStorage::new();
+    memory.create_dir("d").unwrap();
+    let file = memory.create_new("d/f").unwrap();
+    file.write(b"kept").unwrap();
+    file.sync().unwrap();
+    file.write(b" lost").unwrap();
+    let read = |storage: &MemoryStorage| storage.files().get("d/f").cloned();
+    assert_eq!(read(&memory.after_power_cut(Leftovers::Nothing)), None);
+    assert_eq!(read(&memory.after_power_cut(Leftovers::Names)).unwrap(), b"kept");
+    assert_eq!(
+        read(&memory.after_power_cut(Leftovers::Everything)).unwrap(),
+        b"kept lost"
+    );
+    memory.sync_dir("d").unwrap();
+    assert_eq!(
+        read(&memory.after_power_cut(Leftovers::Nothing)).unwrap(),
+        b"kept"
+    );
+    memory.remove("d/f").unwrap();
+    assert_eq!(
+        read(&memory.after_power_cut(Leftovers::Nothing)).unwrap(),
+        b"kept"
+    );
+    memory.sync_dir("d").unwrap();
+    assert_eq!(read(&memory.after_power_cut(Leftovers::Nothing)), None);
+}

@@ -1,0 +1,160 @@
+//! A small training as the tests see it: a tree of three leaves that changes with each step, and runs over it.
+//!
+//! Touches: the storage that it is given.
+#![allow(dead_code)] // Each test program uses a part of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use unbroken::error::Result;
+use unbroken::format::journal::Component;
+use unbroken::run::{Options, Run};
+use unbroken::state::{Tensor, Value};
+use unbroken::storage::Storage;
+use unbroken::storage::memory::MemoryStorage;
+use unbroken::store::{Checkpoint, CheckpointInfo, Commit};
+
+/// Bytes of the leaf that never changes.
+pub const FROZEN: usize = 300;
+
+/// A tensor of float32 over one whole storage.
+pub fn leaf(storage: u32, count: u64) -> Value {
+    Value::Tensor(Tensor {
+        dtype: "float32".to_owned(),
+        shape: vec![count],
+        strides: vec![1],
+        offset: 0,
+        storage,
+        device: "cpu".to_owned(),
+        attrs: Vec::new(),
+    })
+}
+
+/// The tree after a step.
+pub fn tree(step: u64) -> Value {
+    let text = |text: &str| Value::Str(text.to_owned());
+    let model = Value::Dict(vec![
+        (text("frozen"), leaf(0, FROZEN as u64 / 4)),
+        (text("weight"), leaf(1, 10)),
+    ]);
+    let optimizer = Value::Dict(vec![(
+        Value::Int(0),
+        Value::Tuple(vec![leaf(2, 10), Value::Int(step as i64)]),
+    )]);
+    Value::Dict(vec![(text("model"), model), (text("optimizer"), optimizer)])
+}
+
+/// The bytes of the tree's storages after a step.
+pub fn storages(step: u64) -> Vec<Vec<u8>> {
+    let numbers = |factor: u64| {
+        (0..10u64)
+            .flat_map(move |i| ((step * factor + i) as f32).to_le_bytes())
+            .collect()
+    };
+    vec![vec![7; FROZEN], numbers(100), numbers(1000)]
+}
+
+/// What one step's record holds.
+pub fn components(step: u64) -> Vec<(String, Component)> {
+    vec![
+        ("batch".to_owned(), Component::Digest(vec![step as u8; 16])),
+        (
+            "loss".to_owned(),
+            Component::Float((1.0 / (step + 1) as f64).to_bits()),
+        ),
+        ("generators".to_owned(), Component::Int(step as i64 * 3)),
+    ]
+}
+
+pub fn open(storage: &Arc<dyn Storage>) -> Result<Run> {
+    Run::open_on(
+        Arc::clone(storage),
+        &Options {
+            seed: Some(7),
+            ..Options::default()
+        },
+    )
+}
+
+pub fn commit_at(run: &Run, step: u64) -> Result<CheckpointInfo> {
+    commit_with(run, step, Vec::new(), false)
+}
+
+pub fn commit_with(
+    run: &Run,
+    step: u64,
+    metrics: Vec<(String, f64)>,
+    pinned: bool,
+) -> Result<CheckpointInfo> {
+    let storages = storages(step);
+    run.commit(Commit {
+        step,
+        phase: 0,
+        tree: tree(step),
+        storages: storages.iter().map(Vec::as_slice).collect(),
+        identity: vec![("workers".to_owned(), Value::Int(2))],
+        environment: vec![("torch".to_owned(), Value::Str("2.15.0".to_owned()))],
+        metrics,
+        pinned,
+    })
+}
+
+/// Executes steps and commits after each.
+pub fn train(run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
+    for step in steps {
+        if step > 0 {
+            assert_eq!(
+                run.record(step, 0, 0, step, components(step))?,
+                None,
+                "step {step}"
+            );
+        }
+        commit_at(run, step)?;
+    }
+    Ok(())
+}
+
+/// Asserts that a checkpoint is exactly the state after its step.
+pub fn assert_exact(checkpoint: &Checkpoint) {
+    let step = checkpoint.info().step;
+    assert_eq!(checkpoint.tree(), &tree(step));
+    let expected = storages(step);
+    assert_eq!(checkpoint.storages().len(), expected.len());
+    for (index, bytes) in expected.iter().enumerate() {
+        assert_eq!(
+            &checkpoint.read(index).unwrap(),
+            bytes,
+            "storage {index} at step {step}"
+        );
+    }
+    let mut memory: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![0; bytes.len()]).collect();
+    checkpoint
+        .read_into(memory.iter_mut().map(Vec::as_mut_slice).enumerate().collect())
+        .unwrap();
+    assert_eq!(memory, expected);
+}
+
+/// A run with checkpoints at steps 0 to `last`, in memory, closed.
+pub fn run_in_memory(last: u64) -> MemoryStorage {
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=last).unwrap();
+    run.close().unwrap();
+    memory
+}
+
+pub fn shared(memory: &MemoryStorage) -> Arc<dyn Storage> {
+    Arc::new(memory.clone())
+}
+
+pub fn resumed_step(run: &Run) -> Option<u64> {
+    run.resumed_from().map(|checkpoint| checkpoint.info().step)
+}
+
+/// Files below a directory, by their names there.
+pub fn files_in(memory: &MemoryStorage, dir: &str) -> BTreeMap<String, Vec<u8>> {
+    let inside =
+        |(name, bytes): (String, Vec<u8>)| Some((name.strip_prefix(&format!("{dir}/"))?.to_owned(), bytes));
+    memory.files().into_iter().filter_map(inside).collect()
+}
