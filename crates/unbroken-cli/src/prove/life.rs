@@ -1,0 +1,165 @@
+//! Lives of the program that is put to the proof: started, stopped from outside or by themselves, waited for.
+//!
+//! Touches: child processes that it starts itself, the trial's directory, one log file a life.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::prove::plan::Stop;
+
+/// How a life ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// With exit code 0.
+    Finished,
+    /// By SIGKILL, as planned.
+    Killed,
+    /// With another exit code, after a stop that it was asked for.
+    Stopped(i32),
+    /// With another exit code or signal, of its own accord.
+    Failed(String),
+    /// It took longer than it was given, and was killed for that.
+    TimedOut,
+}
+
+/// The program, and what all its lives have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    pub(crate) command: Vec<String>,
+    /// Seed for runs that name none.
+    pub(crate) seed: u64,
+    pub(crate) steps: Option<u64>,
+    pub(crate) timeout: Option<Duration>,
+    /// How long the uninterrupted run took, from its first record to its end.
+    pub(crate) duration: Duration,
+}
+
+/// One life: how it ended and how long it trained.
+#[derive(Clone, Debug)]
+pub(crate) struct Life {
+    pub(crate) end: End,
+    pub(crate) trained: Duration,
+    pub(crate) log: PathBuf,
+}
+
+/// Exit code of a run that stopped because it was asked to, unless the program chose another.
+const REQUEUE: i32 = 75;
+
+impl Program {
+    /// Runs one life in a trial's directory to its end.
+    pub(crate) fn live(
+        &self,
+        directory: &Path,
+        number: usize,
+        stop: Option<&Stop>,
+        save: &str,
+    ) -> io::Result<Life> {
+        let runs = directory.join("runs");
+        fs::create_dir_all(&runs)?;
+        let log = directory.join(format!("life-{number}.log"));
+        let output = File::create(&log)?;
+        let mut command = Command::new(&self.command[0]);
+        command
+            .args(&self.command[1..])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .env_remove("UNBROKEN_CRASH_AT")
+            .env_remove("UNBROKEN_STOP_AT")
+            .env_remove("UNBROKEN_PROVE_STEPS")
+            .env("UNBROKEN_PROVE_DIR", &runs)
+            .env("UNBROKEN_PROVE_SAVE", save)
+            .env("UNBROKEN_PROVE_SEED", (self.seed >> 1).to_string());
+        if let Some(steps) = self.steps {
+            command.env("UNBROKEN_PROVE_STEPS", steps.to_string());
+        }
+        match stop {
+            Some(Stop::KillAt { point, delay_ms }) if *delay_ms > 0.0 => {
+                command.env("UNBROKEN_CRASH_AT", format!("{point}:{delay_ms:.3}"));
+            }
+            Some(Stop::KillAt { point, .. }) => {
+                command.env("UNBROKEN_CRASH_AT", point);
+            }
+            Some(Stop::TermAt { point }) => {
+                command.env("UNBROKEN_STOP_AT", point);
+            }
+            Some(Stop::KillAfter { .. }) | None => {}
+        }
+        let before = segments(&runs);
+        let child = command.spawn()?;
+        self.watch(child, stop, &runs, before, log)
+    }
+
+    fn watch(
+        &self,
+        mut child: Child,
+        stop: Option<&Stop>,
+        runs: &Path,
+        before: usize,
+        log: PathBuf,
+    ) -> io::Result<Life> {
+        let started = Instant::now();
+        let mut began: Option<Instant> = None;
+        let mut killed = false;
+        loop {
+            if let Some(status) = child.try_wait()? {
+                let trained = began.map_or(Duration::ZERO, |began| began.elapsed());
+                let end = match (status.code(), status.signal()) {
+                    (Some(0), _) => End::Finished,
+                    (_, Some(9)) if killed || matches!(stop, Some(Stop::KillAt { .. })) => End::Killed,
+                    (Some(code), _) if matches!(stop, Some(Stop::TermAt { .. })) => End::Stopped(code),
+                    (Some(REQUEUE), _) if self.steps.is_some() => End::Stopped(REQUEUE),
+                    (Some(code), _) => End::Failed(format!("exit code {code}")),
+                    (None, signal) => End::Failed(format!("signal {}", signal.unwrap_or(0))),
+                };
+                return Ok(Life { end, trained, log });
+            }
+            if began.is_none() && segments(runs) > before {
+                began = Some(Instant::now());
+            }
+            if let (Some(Stop::KillAfter { fraction }), Some(began), false) = (stop, began, killed)
+                && began.elapsed() >= self.duration.mul_f64(*fraction)
+            {
+                killed = true;
+                child.kill()?;
+            }
+            if self.timeout.is_some_and(|timeout| started.elapsed() > timeout) {
+                child.kill()?;
+                child.wait()?;
+                return Ok(Life {
+                    end: End::TimedOut,
+                    trained: Duration::ZERO,
+                    log,
+                });
+            }
+            std::thread::sleep(Duration::from_millis(4));
+        }
+    }
+}
+
+/// How many journal segments there are: one more means that a life has begun to train.
+fn segments(runs: &Path) -> usize {
+    let Ok(entries) = fs::read_dir(runs) else { return 0 };
+    entries
+        .flatten()
+        .filter_map(|entry| fs::read_dir(entry.path().join("journal")).ok())
+        .map(Iterator::count)
+        .sum()
+}
+
+/// The last words of a life that failed: the end of what it printed, without what is not an error.
+pub(crate) fn last_words(log: &Path) -> String {
+    let text = fs::read(log)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default();
+    let last = text
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !line.starts_with("hint:"));
+    last.unwrap_or("it printed nothing").to_owned()
+}
