@@ -138,6 +138,7 @@ class Run:
         if proof.directory is not None:
             # What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
             journal, keep, on_divergence = "full", Keep(last=None), "continue"
+            requeue_code = REQUEUE_CODE
             seed = proof.seed if seed is None else seed
         level = journal if journal is not None else os.environ.get("UNBROKEN_JOURNAL", "sampled")
         if level not in ("sampled", "full"):
@@ -183,6 +184,7 @@ class Run:
         self._pin_next = False
         self._started = self._closed = False
         self._replayed_from: int | None = None
+        self._has_diverged = False
         self._steps_of_this_life = 0
         self._last_commit = time.monotonic()
         for text in self._core.warnings:
@@ -722,7 +724,7 @@ class Run:
         difference = self._core.record(self.step, phase, place.epoch, place.position, components)
         if difference is not None:
             self._diverged(difference)
-        if self.step <= self._core.recorded_until:
+        if self.step <= self._core.recorded_until and not self._has_diverged:
             if self._replayed_from is None:
                 self._replayed_from = self.step
             if self.step == self._core.recorded_until and phase == _IN_EPOCH:
@@ -731,6 +733,7 @@ class Run:
                 self._say(f"{steps} executed again: identical")
 
     def _diverged(self, difference: _core.Difference) -> None:
+        self._has_diverged = True
         error = DivergedFromJournal(
             difference,
             hint="the run is not exact from here; compare with `unbroken log` and `unbroken diff`, or go on with "
