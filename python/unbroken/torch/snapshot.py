@@ -114,7 +114,7 @@ def names_of(objects: Mapping[str, object]) -> Names:
         elif type(item) is dict:
             _name_members(names, name, item.items())
     for name, item in objects.items():
-        if type(item) not in (list, tuple, dict) and not isinstance(item, torch.nn.Module | torch.Tensor):
+        if not isinstance(item, (*_CONTAINERS, torch.nn.Module, torch.Tensor)):
             names.add("object", name, item)
     return names
 

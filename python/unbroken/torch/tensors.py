@@ -522,6 +522,8 @@ def write(target: torch.Tensor, source: torch.Tensor) -> None:
 
     Works on every dtype, on tensors that autograd watches, on expanded and overlapping ones.
     """
+    if target.numel() == 0:
+        return
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         target, source = target.detach(), source.detach()
         if target.layout is not torch.strided or target.is_quantized:

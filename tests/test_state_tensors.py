@@ -1,0 +1,439 @@
+"""Every tensor that torch can make comes back with its bits, dtype, shape, strides and ties; or is refused by name."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import random
+import struct
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from state_memory import Memory, restore, save
+from torch import nn
+
+from unbroken import _core
+from unbroken.errors import FormatError, UnsupportedState
+from unbroken.torch import export, snapshot, tensors
+
+DTYPES = sorted(
+    {
+        item
+        for item in vars(torch).values()
+        if isinstance(item, torch.dtype) and not str(item).startswith("torch.q")
+    },
+    key=str,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning"),
+]
+
+
+class Checked:
+    """The checkpoint of plain values, and what they come back as."""
+
+    def __init__(self, value: object) -> None:
+        taken = snapshot.capture({}, values={"v": value})
+        self.memory = Memory(taken)
+        self.leaf = self.memory.values["v"]
+        self.back = raised(self.leaf, self.memory)
+
+
+def raised(value: Any, memory: Memory) -> Any:
+    return snapshot.raise_plain(value, cast("_core.Checkpoint", memory), path="v")
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's elements in logical order."""
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.numel() == 0:
+        return b""
+    if tensor.element_size() < 16:
+        tensor = tensor.view(
+            {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        )
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return dense.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(back: Any, tensor: torch.Tensor) -> None:
+    assert type(back) is type(tensor)
+    assert (back.dtype, back.shape, back.requires_grad) == (tensor.dtype, tensor.shape, tensor.requires_grad)
+    assert back.stride() == tensor.stride()
+    assert bits(back) == bits(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_comes_back_with_its_bits(dtype: torch.dtype) -> None:
+    for shape in ((), (0,), (3,), (2, 5)):
+        tensor = torch.empty(shape, dtype=dtype)
+        raw = torch.randint(0, 256, (tensor.untyped_storage().nbytes(),), dtype=torch.uint8)
+        tensor.untyped_storage().copy_(raw.untyped_storage())
+        assert_same(Checked(tensor).back, tensor)
+
+
+def test_the_payload_of_a_nan_survives_a_restore_in_place() -> None:
+    words = torch.tensor([0x7FC0_1234, 0x7F80_0001, -1, -(2**31)], dtype=torch.int32)
+    model, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        tensors.write(model.weight, words.view(torch.float32).view(2, 2))
+    restore({"model": other}, save({"model": model}))
+    assert torch.equal(other.weight.view(torch.int32).flatten(), words)
+
+
+LAYOUTS: dict[str, Any] = {
+    "transposed": lambda t: t.t(),
+    "strided": lambda t: t[:, ::2],
+    "expanded": lambda t: t[:1].expand(3, -1),
+    "expanded scalar": lambda t: t[0, 0].expand(4, 2),
+    "overlapping": lambda t: t.as_strided((3, 3), (1, 1)),
+    "offset": lambda t: t.flatten()[3:],
+    "column": lambda t: t[:, 1],
+    "conjugate": lambda t: torch.complex(t, t + 1).conj(),
+    "negative": lambda t: torch.complex(t, t + 1).conj().imag,
+    "parameter": lambda t: nn.Parameter(t.clone()),
+    "frozen": lambda t: nn.Parameter(t.clone(), requires_grad=False),
+    "buffer": lambda t: nn.Buffer(t.clone()),
+    "leaf": lambda t: t.clone().requires_grad_(),
+    "empty with strides": lambda t: torch.empty_strided((0, 3), (7, 2)),
+    "inference": lambda t: torch.inference_mode()(lambda: t * 2)(),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_strides_views_and_flags_come_back(name: str) -> None:
+    tensor = LAYOUTS[name](torch.randn(4, 6))
+    if tensor.is_inference():
+        assert torch.equal(Checked(tensor).back, tensor)
+        return
+    back = Checked(tensor).back
+    assert (back.is_conj(), back.is_neg()) == (tensor.is_conj(), tensor.is_neg())
+    assert_same(back, tensor)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_live_tensor_of_any_layout_is_written_in_place(name: str) -> None:
+    source = LAYOUTS[name](torch.randn(4, 6))
+    target = LAYOUTS[name](torch.randn(4, 6))
+    tensors.write(target, source)
+    assert bits(target) == bits(source)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_any_view_comes_back_with_its_strides(sizes: list[int], draw: random.Random) -> None:
+    base = torch.arange(1000)
+    strides = [draw.choice([0, 1, 2, 5, 7, 40]) for _ in sizes]
+    tensor = base.as_strided(sizes, strides, draw.randrange(100))
+    assert_same(Checked(tensor).back, tensor)
+
+
+def test_views_of_one_storage_come_back_tied() -> None:
+    base = torch.randn(6)
+    back = Checked([base, base[2:], base.view(2, 3).t()]).back
+    back[0].zero_()
+    assert back[1].abs().sum() == back[2].abs().sum() == 0
+
+
+def test_a_small_view_does_not_drag_its_storage_along() -> None:
+    base = torch.randn(100_000)
+    checked = Checked([base[10:20], base[10:20]])
+    assert sum(map(len, checked.memory.data)) == 40
+    checked.back[0].zero_()
+    assert checked.back[1].abs().sum() == 0, "the same view twice stays tied"
+    column = torch.randn(1000, 100)[:, 3]
+    assert sum(map(len, Checked(column).memory.data)) == 4000
+    assert_same(Checked(column).back, column)
+
+
+def test_small_views_that_share_a_storage_come_back_tied() -> None:
+    base = torch.randn(1000)
+    one, other = Checked([base[:10], base[5:15]]).back
+    one.zero_()
+    assert other[:5].abs().sum() == 0
+    assert other[5:].abs().sum() > 0
+
+
+def test_an_own_copy_does_not_follow_training() -> None:
+    weight = torch.zeros(4)
+    live, own = (snapshot.capture({}, values={"w": weight}, own_copies=copies) for copies in (False, True))
+    weight.fill_(1)
+    assert Memory(own).data == [bytes(16)]
+    assert Memory(live).data == [bits(weight)]
+
+
+@pytest.mark.parametrize("scheme", ["tensor", "channel", "half bytes"])
+def test_quantized_tensors_come_back_with_their_quantizer(scheme: str) -> None:
+    source = torch.randn(4, 6)
+    if scheme == "tensor":
+        tensor = torch.quantize_per_tensor(source, 0.1, 3, torch.quint8)
+    else:
+        scales, zeros = torch.rand(4).double() + 0.1, torch.arange(4)
+        kind = torch.qint8
+        if scheme == "half bytes":
+            scales, zeros, kind = scales.float(), zeros.float(), torch.quint4x2
+        tensor = torch.quantize_per_channel(source, scales, zeros, 0, kind)
+    back = Checked(tensor).back
+    assert (back.dtype, back.shape, back.qscheme()) == (tensor.dtype, tensor.shape, tensor.qscheme())
+    assert torch.equal(back.dequantize(), tensor.dequantize())
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("q", tensor)
+    other.register_buffer("q", torch.quantize_per_tensor(source, 0.5, 0, torch.qint8))
+    restore({"model": other}, save({"model": model}))
+    assert torch.equal(cast("torch.Tensor", other.q).dequantize(), tensor.dequantize())
+
+
+SPARSE: dict[str, Any] = {
+    "coo": lambda t: t.to_sparse_coo(),
+    "coo not coalesced": lambda t: torch.sparse_coo_tensor(
+        torch.tensor([[1, 1]]), torch.tensor([1.0, 2.0]), (3,)
+    ),
+    "coo hybrid": lambda t: t.to_sparse_coo(1) if False else t.to_sparse(1),
+    "csr": lambda t: t.to_sparse_csr(),
+    "csc": lambda t: t.to_sparse_csc(),
+    "bsr": lambda t: t.to_sparse_bsr((2, 2)),
+    "bsc": lambda t: t.to_sparse_bsc((2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors_come_back_by_their_parts(name: str) -> None:
+    tensor = SPARSE[name](torch.randn(4, 6).relu())
+    back = Checked(tensor).back
+    assert (back.layout, back.dtype, back.shape) == (tensor.layout, tensor.dtype, tensor.shape)
+    assert torch.equal(back.to_dense(), tensor.to_dense())
+    if tensor.layout is torch.sparse_coo:
+        assert (back._nnz(), back.is_coalesced()) == (tensor._nnz(), tensor.is_coalesced())
+
+
+def test_dtypes_sizes_devices_formats_and_large_arrays_are_values() -> None:
+    value = {
+        "dtype": torch.bfloat16,
+        "size": torch.Size([1, 2]),
+        "device": torch.device("cuda", 1),
+        "any": torch.device("cpu"),
+        "format": torch.channels_last,
+        "layout": torch.sparse_csr,
+        torch.float32: "a key",
+    }
+    back = Checked(value).back
+    assert back == value
+    assert [type(part) for part in back.values()] == [type(part) for part in value.values()]
+    array = np.asfortranarray(np.random.default_rng(0).normal(size=(40, 30)))
+    checked = Checked({"array": array})
+    assert len(_core.encode(checked.leaf)) < 1000, "a large array is a storage, not part of the tree"
+    assert checked.back["array"].tobytes() == array.tobytes()
+    assert checked.back["array"].flags.f_contiguous
+
+
+def test_a_tensor_without_values_or_with_a_graph_is_refused_by_name() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    graph = torch.ones(2, requires_grad=True) * 2
+    for tensor, why in ((torch.empty(2, device="meta"), "meta"), (fake, "fake"), (graph, "autograd graph")):
+        with pytest.raises(UnsupportedState, match=rf"`v/0`.*{why}"):
+            snapshot.capture({}, values={"v": [tensor]})
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_a_subclass_of_tensor_comes_back_as_one() -> None:
+    back = Checked(torch.arange(3).as_subclass(Marked)).back
+    assert type(back) is Marked
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        {"shape": (5,), "strides": (1,)},
+        {"shape": (2, 2), "strides": (3, 1)},
+        {"shape": (1,), "strides": (1,), "offset": 4},
+        {"shape": (2,), "strides": (-1,)},
+        {"shape": (2,), "strides": (1,), "dtype": "float31"},
+        {"shape": (2,), "strides": (1,), "dtype": "channels_last"},
+        {"shape": (2,), "strides": (1,), "storage": 7},
+        {
+            "shape": (2,),
+            "strides": (1,),
+            "dtype": "qint8",
+            "attrs": {"quantizer": {"scale": "x", "zero_point": 0}},
+        },
+    ],
+)
+def test_a_leaf_that_does_not_fit_its_storage_is_a_format_error(leaf: dict[str, Any]) -> None:
+    memory = Checked(torch.zeros(4)).memory
+    bad = _core.Tensor(**{"dtype": "float32", "offset": 0, "storage": 0, **leaf})
+    with pytest.raises(FormatError):
+        raised(bad, memory)
+
+
+def test_sparse_indices_from_a_file_cannot_point_outside() -> None:
+    checked = Checked(torch.eye(3).to_sparse_coo())
+    fields = {**checked.leaf.fields, "shape": (2, 2)}
+    with pytest.raises(FormatError):
+        raised(_core.Object("sparse", "torch.sparse_coo", fields), checked.memory)
+
+
+def test_scratch_memory_is_aligned_as_torchs_own() -> None:
+    memory = Checked([torch.randn(3), torch.randn(5), torch.randn(7)]).memory
+    loader = tensors.Loader(cast("_core.Checkpoint", memory))
+    for leaf in memory.values["v"]:
+        assert loader.tensor(leaf, path="v").data_ptr() % tensors.ALIGNMENT_BYTES == 0
+
+
+# Other programs, and no pickle (O13).
+
+
+def everything() -> dict[str, Any]:
+    return {
+        "legacy": np.random.RandomState(1),
+        "generator": np.random.default_rng(2),
+        "python": random.Random(3),
+        "model": nn.Linear(3, 3).bfloat16(),
+        "values": {
+            "scalar": np.float32(1.5),
+            "nested": {"tuple": (1, None, [2.5]), 3: {"x"}},
+            "half": torch.randn(3).bfloat16(),
+            "zero": torch.tensor(4),
+            "deque": collections.deque([1], maxlen=2),
+            "ordered": collections.OrderedDict(a=1),
+            "bytes": b"\x00\xff",
+            "complex": 1 + 2j,
+            "big": 2**70,
+            "nan": struct.unpack("<d", struct.pack("<Q", 0x7FF8_0000_0000_0001))[0],
+        },
+    }
+
+
+def test_capture_and_restore_never_touch_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> Any:
+        raise AssertionError("pickle was used")
+
+    for name in ("Pickler", "Unpickler", "dumps", "loads", "dump", "load"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    one, other = everything(), everything()
+    memory = save(one)
+    restore(other, memory)
+    assert save(other).same_as(memory)
+    assert type(other["values"]["nested"]["tuple"]) is tuple
+    assert type(other["values"]["scalar"]) is np.float32
+    for data in [_core.encode(memory.tree), *memory.data]:
+        assert not data.startswith(b"\x80"), "no pickle stream"
+
+
+def test_an_exported_file_opens_under_torchs_safe_default(tmp_path: Path) -> None:
+    one = everything()
+    memory = save(one)
+    path = export.write_pt(cast("_core.Checkpoint", memory), tmp_path / "model.pt")
+    content = torch.load(path, weights_only=True)
+    assert torch.equal(content["model"]["parameters"]["weight"], one["model"].weight)
+    assert content["values"]["value"]["nested"] == {"tuple": (1, None, [2.5]), 3: {"x"}}
+    assert content["values"]["value"]["big"] == 2**70
+    assert content["values"]["value"]["deque"]["items"] == [1]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.pt"
+    target.write_bytes(b"old")
+
+    def fail(file: io.BufferedIOBase) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Exception, match="No space left"):
+        export.write_atomically(target, fail)
+    assert target.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_program_gets_plain_values_and_records() -> None:
+    memory = save(everything())
+    content = export.plain(cast("_core.Checkpoint", memory))
+    assert content["model"]["parameters"]["weight"].dtype is torch.bfloat16
+    assert content["values"]["value"]["deque"] == collections.deque([1], maxlen=2)
+
+
+# What every step pays for.
+
+
+def test_regions_follow_tensors_that_are_replaced_added_or_moved() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    objects = {"model": model, "optimizer": optimizer}
+
+    def components() -> dict[str, Any]:
+        return {name: list(part) for name, part in snapshot.regions(objects).items()}
+
+    def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+        return [name for name in one if one[name] != other[name]]
+
+    first = components()
+    assert list(first) == ["optimizer/optimizer", "parameters/model", "buffers/model"]
+    assert first["optimizer/optimizer"] == []
+    assert (model[0].weight.data_ptr(), 64) in first["parameters/model"]
+    assert components() == first
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    second = components()
+    assert differing(first, second) == ["optimizer/optimizer"]
+    assert len(second["optimizer/optimizer"]) == 3 * 4
+    keep = model[0].weight.data
+    model[0].weight.data = keep.clone()
+    third = components()
+    assert differing(second, third) == ["parameters/model"]
+    old = model[1].running_mean
+    model[1].running_mean = torch.zeros(4)
+    fourth = components()
+    assert differing(third, fourth) == ["buffers/model"]
+    model.append(nn.Linear(2, 2))
+    assert differing(fourth, components()) == ["parameters/model"]
+    del old
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: list[torch.Tensor] = []
+        self.mean: torch.Tensor | None = None
+
+
+def test_regions_see_tensors_in_plain_attributes_of_the_users_modules() -> None:
+    model = Caching()
+    assert snapshot.regions({"model": model})["buffers/model"] == []
+    model.mean = torch.zeros(3)
+    model.cache.append(torch.zeros(5))
+    found = snapshot.regions({"model": model})["buffers/model"]
+    assert sorted(length for _, length in found) == [12, 20]
+    model.cache[0] = torch.zeros(6)
+    assert sorted(length for _, length in snapshot.regions({"model": model})["buffers/model"]) == [12, 24]
+
+
+def test_the_plain_digest_changes_with_counters_options_and_scales() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 0.5**e)
+    scaler = torch.amp.GradScaler("cpu")
+    objects = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    seen = [snapshot.plain_digest(objects)]
+    assert snapshot.plain_digest(objects) == seen[0]
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    seen.append(snapshot.plain_digest(objects))
+    scheduler.last_epoch += 1
+    seen.append(snapshot.plain_digest(objects))
+    scaler.scale(torch.ones(1))
+    seen.append(snapshot.plain_digest(objects))
+    assert len(set(seen)) == 4
