@@ -1,12 +1,74 @@
 //! The `unbroken` program as a library: arguments, words and exit codes.
 //!
-//! Touches: the run directories that its arguments name, and the two streams it is given.
+//! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune` and `export`
+//! write to disk.
+
+mod answer;
+mod arguments;
+mod diff;
+mod export;
+mod leaves;
+mod list;
+mod log;
+mod prove;
+mod prune;
+mod show;
+mod target;
+mod verify;
+mod words;
 
 use std::ffi::OsString;
 use std::io::Write;
 
-/// Runs the program on its arguments (the program's name first) and returns its exit code.
+use clap::Parser;
+
+use crate::answer::{Failure, Streams, Verdict};
+use crate::arguments::{Arguments, Command};
+
+/// Exit code of an answer that is yes.
+pub const YES: i32 = 0;
+/// Exit code of an honest no: differs, damaged.
+pub const NO: i32 = 1;
+/// Exit code where the question could not be answered.
+pub const UNANSWERED: i32 = 2;
+
+/// Runs the program on its arguments (its own name first) and returns its exit code.
+///
+/// Data goes to `out`, messages and hints to `err`. A closed `out` is no error.
 pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> i32 {
-    let _ = (arguments, out, err);
-    2
+    let mut streams = Streams { out, err };
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let stream = if error.use_stderr() {
+                &mut streams.err
+            } else {
+                &mut streams.out
+            };
+            let _ = write!(stream, "{}", error.render());
+            return if error.use_stderr() { UNANSWERED } else { YES };
+        }
+    };
+    let answer = match &arguments.command {
+        Command::List(command) => list::run(command, &mut streams),
+        Command::Show(command) => show::run(command, &mut streams),
+        Command::Log(command) => log::run(command, &mut streams),
+        Command::Diff(command) => diff::run(command, &mut streams),
+        Command::Verify(command) => verify::run(command, &mut streams),
+        Command::Export(command) => export::run(command, &mut streams),
+        Command::Prune(command) => prune::run(command, &mut streams),
+        Command::Prove(command) => prove::run(command, &mut streams),
+    };
+    let answer = answer.and_then(|verdict| streams.out.flush().map(|()| verdict).map_err(Failure::from));
+    match answer {
+        Ok(Verdict::Yes) | Err(Failure::Closed) => YES,
+        Ok(Verdict::No) => NO,
+        Err(Failure::Words { message, hint }) => {
+            streams.note("error", &message);
+            if let Some(hint) = hint {
+                streams.note("hint", &hint);
+            }
+            UNANSWERED
+        }
+    }
 }

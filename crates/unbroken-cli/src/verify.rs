@@ -1,0 +1,131 @@
+//! `unbroken verify`: whether checkpoints and journal are whole.
+//!
+//! Touches: a run directory, read only, without its lock.
+
+use serde_json::{Value as Json, json};
+use unbroken::store::Checkpoint;
+
+use crate::answer::{Answer, Failure, Streams, Verdict};
+use crate::arguments::Verify;
+use crate::target::{self, Target};
+use crate::words::{count, line};
+
+pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
+    let target = Target::parse(&command.checkpoint);
+    let mut report = Report {
+        command,
+        whole: Vec::new(),
+        damaged: Vec::new(),
+    };
+    if target.step.is_some() || target.path.is_file() {
+        let checkpoint = target::open_checkpoint(&command.checkpoint, streams)?;
+        report.check(&checkpoint, streams)?;
+        return report.close(None, streams);
+    }
+    let run = target::open_run(&target.path)?;
+    for checkpoint in &run.checkpoints {
+        report.check(checkpoint, streams)?;
+    }
+    for (name, why) in &run.rejected {
+        report.damaged(name, why.to_string(), streams)?;
+    }
+    let journal = target::open_journal(&target.path)?;
+    if !command.json {
+        for warning in &journal.warnings {
+            streams.say(format!("damaged  journal: {}", line(warning)))?;
+        }
+    }
+    report.close(Some(journal.warnings), streams)
+}
+
+struct Report<'a> {
+    command: &'a Verify,
+    whole: Vec<String>,
+    damaged: Vec<(String, String)>,
+}
+
+impl Report<'_> {
+    /// Reads one checkpoint, all of it unless a quick look was asked for: its manifest and packs were looked at when
+    /// the run was.
+    fn check(&mut self, checkpoint: &Checkpoint, streams: &mut Streams) -> Result<(), Failure> {
+        let name = &checkpoint.info().name;
+        let verified = if self.command.quick {
+            checkpoint.check_packs()
+        } else {
+            checkpoint.verify()
+        };
+        match verified {
+            Ok(()) => {
+                if !self.command.json {
+                    streams.say(format!("whole    {name}"))?;
+                }
+                self.whole.push(name.clone());
+                Ok(())
+            }
+            Err(error) if is_damage(&error) => self.damaged(name, error.to_string(), streams),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn damaged(&mut self, name: &str, why: String, streams: &mut Streams) -> Result<(), Failure> {
+        if !self.command.json {
+            streams.say(format!("damaged  {}: {}", line(name), line(&why)))?;
+        }
+        self.damaged.push((name.to_owned(), why));
+        Ok(())
+    }
+
+    /// Sums up. `journal` has what is damaged in the journal, if that was looked at.
+    fn close(self, journal: Option<Vec<String>>, streams: &mut Streams) -> Answer {
+        let whole = self.damaged.is_empty() && journal.as_ref().is_none_or(Vec::is_empty);
+        if self.command.json {
+            let damaged: Vec<Json> = self
+                .damaged
+                .iter()
+                .map(|(name, why)| json!({ "name": name, "why": why }))
+                .collect();
+            streams.json(&json!({
+                "whole": whole,
+                "deep": !self.command.quick,
+                "checkpoints": self.whole,
+                "damaged": damaged,
+                "journal": journal,
+            }))?;
+            return Ok(Verdict::yes_if(whole));
+        }
+        let mut summary = format!("{} whole", count(self.whole.len(), "checkpoint"));
+        if !self.damaged.is_empty() {
+            summary.push_str(&format!(", {} damaged", self.damaged.len()));
+        }
+        if let Some(journal) = &journal {
+            summary.push_str(if journal.is_empty() {
+                "; journal whole"
+            } else {
+                "; journal damaged"
+            });
+        }
+        if self.command.quick {
+            summary.push_str(" (quick: no tensor was read)");
+        }
+        streams.note("summary", &summary);
+        if !whole {
+            streams.note(
+                "hint",
+                "starting the training's command again continues from the newest whole checkpoint",
+            );
+        }
+        Ok(Verdict::yes_if(whole))
+    }
+}
+
+/// Whether an error is the answer (bytes are not what they should be), not a reason why there is none.
+fn is_damage(error: &unbroken::Error) -> bool {
+    use std::io::ErrorKind::{InvalidInput, NotFound, UnexpectedEof};
+    match error {
+        unbroken::Error::Damaged { .. } | unbroken::Error::Format { .. } => true,
+        unbroken::Error::Io { source, .. } => {
+            matches!(source.kind(), NotFound | UnexpectedEof | InvalidInput)
+        }
+        _ => false,
+    }
+}
