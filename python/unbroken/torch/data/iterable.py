@@ -19,8 +19,8 @@ from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned, encode_hook, has_state_hook, load_hook
 from unbroken.torch.data.sampler import LOG_BYTES, Recorder
 from unbroken.torch.data.shadow import IndexStream, Shadow
-from unbroken.torch.data.tickets import Parcel, WorkerState
-from unbroken.torch.data.worker import InitProxy, IterableCollateProxy, IterableProxy
+from unbroken.torch.data.tickets import Parcel, Place, WorkerState
+from unbroken.torch.data.worker import EndNoter, InitProxy, IterableCollateProxy, IterableProxy
 
 Value = Any
 Way = Literal["state", "replay"]
@@ -70,10 +70,11 @@ class NativeIterable:
         self._owned = Owned({"dataset": dataset, "collate": loader.collate_fn}, hooks=False)
         self._ships = self._way == "state" and self._workers_count > 0
         self._proxy = IterableProxy(dataset) if self._ships else None
+        self._noter = EndNoter(dataset) if self._way == "state" and not self._ships else None
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         self._shadow = Shadow(
             loader,
-            dataset=dataset if self._proxy is None else self._proxy,
+            dataset=self._proxy or self._noter or dataset,
             collate=(lambda collate: IterableCollateProxy(collate, dataset)) if self._ships else _as_it_is,
             init=InitProxy if self._ships else _first,
             stream=IndexStream(self, sampler),
@@ -95,7 +96,7 @@ class NativeIterable:
         self._seed_state = b""
         self._is_resumed = False
         self._origin = Captured({}, {}, {})
-        self._states: list[tuple[WorkerState, bytes | None] | None] = []
+        self._states: list[tuple[WorkerState, Place] | None] = []
         self._turn = 0
         self._nothings = 0
         self.position = 0
@@ -167,7 +168,7 @@ class NativeIterable:
             if self._loader.generator is None
             else rng.capture_generator(self._loader.generator),
             "recorder": None,
-            "hook": None,
+            "place": None,
             "workers": None,
         }
         if not is_open:
@@ -175,13 +176,14 @@ class NativeIterable:
         if self._recorder is not None:
             found["recorder"] = self._recorder.state(is_open=True)
         elif not self._workers_count:
-            found["hook"] = encode_hook(self._loader.dataset, "dataset")
+            assert self._noter is not None, "a data set with a state is read through its noter"
+            found["place"] = tuple(Place(encode_hook(self._loader.dataset, "dataset"), self._noter.ended))
         else:
             found["workers"] = {
                 "seed": self._seed_state,
                 "origin": self._origin.to_value(),
                 "states": [
-                    None if entry is None else (entry[0].to_value(), entry[1]) for entry in self._states
+                    None if entry is None else (entry[0].to_value(), *entry[1]) for entry in self._states
                 ],
                 "turn": self._turn,
             }
@@ -203,8 +205,9 @@ class NativeIterable:
             elif self._workers_count:
                 self._make_workers(state["workers"], position)
             else:
-                load_hook(self._loader.dataset, state["hook"], "dataset")
-                self._iterator = iter(self._shadow.loader)
+                place = Place(*state["place"])
+                load_hook(self._loader.dataset, place.hook, "dataset")
+                self._iterator = iter(()) if place.ended else iter(self._shadow.loader)
         if self._way == "replay" or self._workers_count:
             self._owned.install(Captured.from_value(state["owned"]))
         else:
@@ -230,7 +233,7 @@ class NativeIterable:
         self._origin = Captured.from_value(workers["origin"])
         self._owned.install(self._origin)
         self._states = [
-            None if entry is None else (WorkerState.from_value(entry[0]), entry[1])
+            None if entry is None else (WorkerState.from_value(entry[0]), Place(*entry[1:]))
             for entry in workers["states"]
         ]
         self._is_resumed = True
@@ -245,7 +248,9 @@ class NativeIterable:
                 assert found.empty, "a worker before the turn answers its first ticket with nothing"
 
     def _receive(self, parcel: Parcel) -> Any:
-        assert parcel.report is not None, "a batch comes with its worker's report"
+        assert parcel.report is not None and parcel.extra is not None, (
+            "a batch comes with its worker's report"
+        )
         known = self._states[parcel.worker]
         state = parcel.report if known is None else known[0].merged(parcel.report)
         self._states[parcel.worker] = (state, parcel.extra)

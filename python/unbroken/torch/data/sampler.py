@@ -282,8 +282,10 @@ class Recorder:
         if self._stateful is None:
             raise NotExact(self.name, "the checkpoint has its state_dict, and it has none now")
         load_hook(self._stateful, state["hook"], "sampler")
+        # A sampler at the end of its epoch may take a new iterator for the next epoch's.
+        is_over = state["exhausted"] or state["pulls"] == _length(self.sampler)
         if state["started"]:
-            self._iterator = iter(self.sampler)
+            self._iterator = iter(()) if is_over else iter(self.sampler)
         pending = [values.raise_(payload, path="sampler/pending") for payload in state["pending"]]
         self.pulls, self.exhausted, self._rolling = state["pulls"], state["exhausted"], state["rolling"]
         for payload in pending:
@@ -436,6 +438,13 @@ class Recorder:
                 found=live,
             )
         self.owned.install(Captured(entry["generators"], entry["values"], {}))
+
+
+def _length(sampler: Any) -> int | None:
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _entry_bytes(entry: dict[str, Any]) -> int:

@@ -77,7 +77,7 @@ class Session:
             raise InvalidArgument(f"mode must be 'native' or 'keyed', got {mode!r}")
         self.name = name
         self.mode: Mode = mode
-        self._loader: DataLoader[Any] = checked(loader, mode)
+        self._loader: DataLoader[Any] = _twin(checked(loader, mode))
         self._pass: Pass = _make_pass(self._loader, mode, seed)
         self._epoch = 0
         self._is_open = False
@@ -201,6 +201,13 @@ class Session:
         """Let workers go. The session is not used again."""
         self._is_open = False
         self._pass.close()
+
+
+def _twin(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return an object that shares all attributes with the user's loader and does not keep it alive."""
+    twin = object.__new__(type(loader))
+    twin.__dict__ = loader.__dict__
+    return twin
 
 
 def checked(loader: Any, mode: Mode) -> DataLoader[Any]:

@@ -40,6 +40,16 @@ class WorkerState(NamedTuple):
         return WorkerState(**value)
 
 
+class Place(NamedTuple):
+    """Where an iterable data set is, by its own words: canonical bytes of its `state_dict()`.
+
+    A data set whose iterator has ended may say what the next epoch begins with; so the end is noted beside it.
+    """
+
+    hook: bytes
+    ended: bool
+
+
 class Ticket:
     """One turn of the index sampler, with what the worker is to do besides reading.
 
@@ -85,7 +95,7 @@ class Parcel:
         batch: What the user's collate function gave; None for a ticket that read nothing.
         worker: The worker's number.
         report: What changed in the worker since its last report.
-        extra: What an iterable data set says of itself, canonical bytes.
+        extra: Where an iterable data set is.
         refusal: Subject and reason of a `NotExact` found in the worker.
         empty: The ticket read nothing.
     """
@@ -97,7 +107,7 @@ class Parcel:
         batch: Any,
         worker: int,
         report: WorkerState | None = None,
-        extra: bytes | None = None,
+        extra: Place | None = None,
         refusal: tuple[str, str] | None = None,
         empty: bool = False,
     ) -> None:

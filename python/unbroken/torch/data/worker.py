@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from unbroken import _core
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned, encode_hook, load_hook
-from unbroken.torch.data.tickets import Fetched, Parcel, Ticket, WorkerState
+from unbroken.torch.data.tickets import Fetched, Parcel, Place, Ticket, WorkerState
 
 _HINT_CHANGED = "it changes as items are read, so that it would depend on which worker reads them"
 
@@ -26,6 +26,7 @@ class Runtime:
 
     def __init__(self, number: int, dataset: Any, collate: Any, *, hooks: bool = True) -> None:
         self.number = number
+        self.ended = False
         self.owned = Owned({"dataset": dataset, "collate": collate}, hooks=hooks)
         self._last = rng.Globals(b"", None, b"")
         self._generators: dict[str, bytes] = {}
@@ -216,14 +217,13 @@ class IterableProxy(IterableDataset[Any]):
 
     Args:
         dataset: The user's.
-        starts: Each worker's recorded state, and the canonical bytes of its data set's `state_dict()`; None for
-            one that begins afresh.
+        starts: Each worker's recorded state and its data set's place; None for one that begins afresh.
         turn: The first workers, as many as this, answer their first ticket with nothing, so that the first batch
             comes from the worker whose turn it is.
     """
 
     def __init__(
-        self, dataset: Any, starts: list[tuple[WorkerState, bytes | None] | None] | None = None, turn: int = 0
+        self, dataset: Any, starts: list[tuple[WorkerState, Place] | None] | None = None, turn: int = 0
     ) -> None:
         self.dataset = dataset
         self.starts = starts
@@ -239,10 +239,10 @@ class IterableProxy(IterableDataset[Any]):
         start = None if self.starts is None else self.starts[_runtime.number]
         if start is None:
             return _Reader(iter(self.dataset), _runtime.number < self.turn, None)
-        state, hook = start
-        if hook is not None:
-            load_hook(self.dataset, hook, "dataset")
-        return _Reader(iter(self.dataset), _runtime.number < self.turn, state)
+        state, place = start
+        load_hook(self.dataset, place.hook, "dataset")
+        iterator = iter(()) if place.ended else iter(self.dataset)
+        return _Reader(iterator, _runtime.number < self.turn, state)
 
 
 class _Reader:
@@ -264,7 +264,30 @@ class _Reader:
             assert _runtime is not None, "only a worker has a recorded state"
             _runtime.install(self._state)
             self._state = None
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            assert _runtime is not None, "this reads in workers only"
+            _runtime.ended = True
+            raise
+
+
+class EndNoter(IterableDataset[Any]):
+    """An iterable data set read in the main process; notes whether its iterator has ended."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.ended = False
+        yield from self.dataset
+        self.ended = True
 
 
 class IterableCollateProxy(CollateProxy):
@@ -280,4 +303,5 @@ class IterableCollateProxy(CollateProxy):
         if data is _NOTHING or (type(data) is list and len(data) == 1 and data[0] is _NOTHING):
             return Parcel(None, _runtime.number, empty=True)
         batch = self.collate(data)
-        return Parcel(batch, _runtime.number, _runtime.report(), encode_hook(self.dataset, "dataset"))
+        place = Place(encode_hook(self.dataset, "dataset"), _runtime.ended)
+        return Parcel(batch, _runtime.number, _runtime.report(), place)
