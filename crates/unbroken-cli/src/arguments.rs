@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 /// Looks at training runs and their checkpoints: what is there, whether it is whole, where two of them part.
 #[derive(Debug, Parser)]
-#[command(name = "unbroken", version, about, max_term_width = 100)]
+#[command(name = "unbroken", version, about)]
 #[command(after_help = "\
 RUN is a run directory; RUN@STEP is its checkpoint after that step, RUN alone the newest whole one.
 Exit code 0: yes. 1: an honest no (differs, damaged). 2: the question could not be answered.")]
@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Export(Export),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
+    /// Find where two runs part, the leaves that differ there, and the likely cause
+    Explain(crate::explain::Explain),
     /// Run a program uninterrupted and killed in many ways: does it make a difference?
     Prove(crate::prove::Prove),
 }
@@ -99,8 +101,8 @@ pub(crate) struct Export {
     pub(crate) checkpoint: String,
     /// File to write, ending in .safetensors
     pub(crate) file: PathBuf,
-    /// Only leaves whose names start so, such as objects/model/; they are written without it
-    #[arg(long, default_value = "")]
+    /// Only names that start so, such as objects/model/; written without it
+    #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
     /// Replace FILE if it exists
     #[arg(long)]

@@ -6,6 +6,7 @@
 mod answer;
 mod arguments;
 mod diff;
+mod explain;
 mod export;
 mod leaves;
 mod list;
@@ -55,6 +56,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Log(command) => log::run(command, &mut streams),
         Command::Diff(command) => diff::run(command, &mut streams),
         Command::Verify(command) => verify::run(command, &mut streams),
+        Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),
         Command::Prove(command) => prove::run(command, &mut streams),

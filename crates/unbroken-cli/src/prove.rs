@@ -3,7 +3,7 @@
 //! Touches: child processes that it starts itself; a directory of its own, removed afterwards unless something
 //! differs. The program is not changed: instructions travel in environment variables (python/unbroken/proving.py).
 
-mod judge;
+pub(crate) mod judge;
 mod life;
 mod plan;
 
@@ -21,7 +21,7 @@ use unbroken::localise::change_words;
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::words::{count, line, table};
 use judge::{Difference, Recorded, boundary_words};
-use life::{End, Life, Program, last_words};
+use life::{End, Life, Program, Written, last_words};
 use plan::{Course, Stop, Trial};
 
 #[derive(Debug, Args)]
@@ -79,7 +79,8 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
             seed: command.seed,
             steps: command.steps,
             timeout: None,
-            duration: Duration::ZERO,
+            journal_bytes: 0,
+            step: Duration::ZERO,
         },
         directory: directory.clone(),
         jobs: command
@@ -211,7 +212,7 @@ impl Proof {
             expected.push(self.read(&outcome.directory)?);
         }
         let (reference, again) = (expected.remove(0), expected.remove(0));
-        let boundaries = reference.iter().map(|run| run.journal.boundaries.len()).sum();
+        let boundaries: usize = reference.iter().map(|run| run.journal.boundaries.len()).sum();
         let Some(first) = reference.first().filter(|_| boundaries > 0) else {
             return Err(Failure::new("the program recorded no step of an unbroken.Run")
                 .hint("prove watches programs whose loop goes through unbroken.Run"));
@@ -231,8 +232,9 @@ impl Proof {
             return Ok(report);
         }
         if let Ok(outcome) = &pair[0] {
-            let trained = outcome.lives.iter().map(|life| life.trained).sum();
-            self.program.duration = trained;
+            let trained: Duration = outcome.lives.iter().map(|life| life.trained).sum();
+            self.program.step = trained / u32::try_from(boundaries).unwrap_or(u32::MAX);
+            self.program.journal_bytes = Written::in_runs(&outcome.directory.join("runs")).bytes;
             self.program.timeout = Some(started.elapsed() * 20 + Duration::from_secs(60));
         }
         let saves = first
@@ -589,7 +591,7 @@ impl Done {
 /// Leaves that are shown; a difference that spread shows everywhere, and the first ones say it all.
 const SHOWN: usize = 3;
 
-fn difference_lines(trial: &str, difference: &Difference) -> Vec<String> {
+pub(crate) fn difference_lines(trial: &str, difference: &Difference) -> Vec<String> {
     let mut lines = vec![format!("first difference, {trial}:")];
     if let Some(parting) = &difference.parting {
         let after = match difference.resumed_at {
@@ -641,7 +643,7 @@ fn or_nothing(text: &str) -> &str {
     if text.is_empty() { "nothing" } else { text }
 }
 
-fn difference_json(trial: &str, difference: &Difference) -> Json {
+pub(crate) fn difference_json(trial: &str, difference: &Difference) -> Json {
     let leaves = |leaves: &[unbroken::cause::Leaf]| -> Vec<Json> {
         leaves
             .iter()

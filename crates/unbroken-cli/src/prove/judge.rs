@@ -141,7 +141,12 @@ pub(crate) fn compare(expected: &[Recorded], found: &[Recorded]) -> Result<Optio
     Ok(extra.map(|new| Difference::other(&new.name, format!("the run `{}` was not expected", new.name))))
 }
 
-fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Option<Difference>, Error> {
+/// Compares one run with another.
+///
+/// # Errors
+///
+/// Where the bytes of a checkpoint cannot be read.
+pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Option<Difference>, Error> {
     let other = |words: String| Ok(Some(Difference::other(&found.name, words)));
     match localise::compare_journals(&expected.journal.boundaries, &found.journal.boundaries) {
         Outcome::Same { .. } => {}
@@ -300,18 +305,39 @@ pub(crate) fn look_closer(first: &Difference, expected: &Path, found: &Path) -> 
             ..first.clone()
         });
     }
+    with_leaves(&old, &new, parting)
+}
+
+/// Adds to a difference the leaves that checkpoints at hand show.
+///
+/// # Errors
+///
+/// Where the bytes of a checkpoint cannot be read.
+pub(crate) fn leaves_of(
+    difference: &Difference,
+    expected: &Recorded,
+    found: &Recorded,
+) -> Result<Difference, Error> {
+    match &difference.parting {
+        Some(parting) => with_leaves(expected, found, parting.clone()),
+        None => Ok(difference.clone()),
+    }
+}
+
+fn with_leaves(expected: &Recorded, found: &Recorded, parting: Parting) -> Result<Difference, Error> {
     let at = |run: &Recorded| {
-        let info = |step, phase| (step, phase) == place;
         let mut all = run.overview.checkpoints.iter().rev();
-        all.find(|checkpoint| info(checkpoint.info().step, checkpoint.info().phase))
-            .cloned()
+        all.find(|checkpoint| {
+            (checkpoint.info().step, checkpoint.info().phase) == (parting.step, parting.phase)
+        })
+        .cloned()
     };
-    let leaves = match (at(&old), at(&new)) {
+    let leaves = match (at(expected), at(found)) {
         (Some(old), Some(new)) => localise::compare_states(&old, &new)?,
         _ => Vec::new(),
     };
-    let restored = restored_leaves(&new, parting.life)?;
-    Ok(parted(&old, &new, parting, &restored, &leaves))
+    let restored = restored_leaves(found, parting.life)?;
+    Ok(parted(expected, found, parting, &restored, &leaves))
 }
 
 /// Leaves in which what a life put back differs from the checkpoint it started from.

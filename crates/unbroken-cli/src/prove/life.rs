@@ -34,16 +34,46 @@ pub(crate) struct Program {
     pub(crate) seed: u64,
     pub(crate) steps: Option<u64>,
     pub(crate) timeout: Option<Duration>,
-    /// How long the uninterrupted run took, from its first record to its end.
-    pub(crate) duration: Duration,
+    /// How much the uninterrupted run wrote to its journals, in bytes.
+    pub(crate) journal_bytes: u64,
+    /// How long one of its steps took, on average.
+    pub(crate) step: Duration,
 }
 
-/// One life: how it ended and how long it trained.
+/// One life: how it ended, and how long it trained.
 #[derive(Clone, Debug)]
 pub(crate) struct Life {
     pub(crate) end: End,
     pub(crate) trained: Duration,
     pub(crate) log: PathBuf,
+}
+
+/// What the journals of a trial hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Segments: one more means that a life has begun to train.
+    segments: usize,
+    pub(crate) bytes: u64,
+}
+
+impl Written {
+    /// Looks at the files' sizes; what cannot be looked at is not there yet.
+    pub(crate) fn in_runs(runs: &Path) -> Written {
+        let mut written = Written::default();
+        let Ok(entries) = fs::read_dir(runs) else {
+            return written;
+        };
+        for journal in entries
+            .flatten()
+            .filter_map(|run| fs::read_dir(run.path().join("journal")).ok())
+        {
+            for segment in journal.flatten() {
+                written.segments += 1;
+                written.bytes += segment.metadata().map_or(0, |metadata| metadata.len());
+            }
+        }
+        written
+    }
 }
 
 /// Exit code of a run that stopped because it was asked to, unless the program chose another.
@@ -89,7 +119,7 @@ impl Program {
             }
             Some(Stop::KillAfter { .. }) | None => {}
         }
-        let before = segments(&runs);
+        let before = Written::in_runs(&runs);
         let child = command.spawn()?;
         self.watch(child, stop, &runs, before, log)
     }
@@ -99,18 +129,19 @@ impl Program {
         mut child: Child,
         stop: Option<&Stop>,
         runs: &Path,
-        before: usize,
+        before: Written,
         log: PathBuf,
     ) -> io::Result<Life> {
         let started = Instant::now();
         let mut began: Option<Instant> = None;
-        let mut killed = false;
+        let mut kill_at: Option<Instant> = None;
         loop {
             if let Some(status) = child.try_wait()? {
                 let trained = began.map_or(Duration::ZERO, |began| began.elapsed());
+                let kills = matches!(stop, Some(Stop::KillAt { .. } | Stop::KillAfter { .. }));
                 let end = match (status.code(), status.signal()) {
                     (Some(0), _) => End::Finished,
-                    (_, Some(9)) if killed || matches!(stop, Some(Stop::KillAt { .. })) => End::Killed,
+                    (_, Some(9)) if kills => End::Killed,
                     (Some(code), _) if matches!(stop, Some(Stop::TermAt { .. })) => End::Stopped(code),
                     (Some(REQUEUE), _) if self.steps.is_some() => End::Stopped(REQUEUE),
                     (Some(code), _) => End::Failed(format!("exit code {code}")),
@@ -118,13 +149,16 @@ impl Program {
                 };
                 return Ok(Life { end, trained, log });
             }
-            if began.is_none() && segments(runs) > before {
+            let now = Written::in_runs(runs);
+            if began.is_none() && now.segments > before.segments {
                 began = Some(Instant::now());
             }
-            if let (Some(Stop::KillAfter { fraction }), Some(began), false) = (stop, began, killed)
-                && began.elapsed() >= self.duration.mul_f64(*fraction)
+            if let (Some(Stop::KillAfter { fraction, jitter }), Some(_), None) = (stop, began, kill_at)
+                && now.bytes as f64 >= self.journal_bytes as f64 * fraction
             {
-                killed = true;
+                kill_at = Some(Instant::now() + self.step.mul_f64(*jitter));
+            }
+            if kill_at.is_some_and(|instant| Instant::now() >= instant) {
                 child.kill()?;
             }
             if self.timeout.is_some_and(|timeout| started.elapsed() > timeout) {
@@ -136,19 +170,9 @@ impl Program {
                     log,
                 });
             }
-            std::thread::sleep(Duration::from_millis(4));
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
-}
-
-/// How many journal segments there are: one more means that a life has begun to train.
-fn segments(runs: &Path) -> usize {
-    let Ok(entries) = fs::read_dir(runs) else { return 0 };
-    entries
-        .flatten()
-        .filter_map(|entry| fs::read_dir(entry.path().join("journal")).ok())
-        .map(Iterator::count)
-        .sum()
 }
 
 /// The last words of a life that failed: the end of what it printed, without what is not an error.

@@ -11,8 +11,8 @@ pub(crate) enum Stop {
     KillAt { point: String, delay_ms: f64 },
     /// SIGTERM when the program reaches a point.
     TermAt { point: String },
-    /// `kill -9` from outside, after this part of the uninterrupted run's time.
-    KillAfter { fraction: f64 },
+    /// `kill -9` from outside, after this part of the uninterrupted run, and this part of a step's time later.
+    KillAfter { fraction: f64, jitter: f64 },
 }
 
 impl Stop {
@@ -99,7 +99,7 @@ pub(crate) fn plan(course: &Course, kills: usize, seed: u64) -> Vec<Trial> {
         let mut stops: Vec<Stop> = (0..count)
             .map(|_| {
                 sort += 1;
-                one(course, sort - 1, count, &mut random)
+                one(course, sort - 1, &mut random)
             })
             .collect();
         // Later lives start later: points are reached only in order.
@@ -112,7 +112,7 @@ pub(crate) fn plan(course: &Course, kills: usize, seed: u64) -> Vec<Trial> {
 
 const SORTS: usize = 5;
 
-fn one(course: &Course, sort: usize, among: usize, random: &mut Random) -> Stop {
+fn one(course: &Course, sort: usize, random: &mut Random) -> Stop {
     // The last step of all is of no use: what is killed there has nothing left to do.
     let step = 1 + random.below(course.last.max(2) - 1);
     let at_step = |step| Stop::KillAt {
@@ -122,7 +122,8 @@ fn one(course: &Course, sort: usize, among: usize, random: &mut Random) -> Stop 
     match sort % SORTS {
         0 => at_step(step),
         1 => Stop::KillAfter {
-            fraction: (0.05 + 0.9 * random.part()) / among as f64,
+            fraction: 0.05 + 0.85 * random.part(),
+            jitter: random.part(),
         },
         2 if !course.saves.is_empty() => {
             let save = course.saves[random.below(course.saves.len() as u64) as usize];
@@ -148,7 +149,7 @@ fn one(course: &Course, sort: usize, among: usize, random: &mut Random) -> Stop 
 /// About when a stop comes, in steps.
 fn reached_at(course: &Course, stop: &Stop) -> u64 {
     match stop {
-        Stop::KillAfter { fraction } => (fraction * course.last as f64) as u64,
+        Stop::KillAfter { fraction, .. } => (fraction * course.last as f64) as u64,
         Stop::KillAt { point, .. } | Stop::TermAt { point } => {
             let (kind, number) = point.split_once(':').unwrap_or((point, "0"));
             let number = number.parse().unwrap_or(0);
