@@ -38,7 +38,9 @@ def test_a_policy_that_means_nothing_is_refused(wrong: dict[str, float]) -> None
         Policy(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"last": 0}, {"every": 0}, {"best": ("loss", "least", 1)}, {"best": ("", "min", 1)}])
+@pytest.mark.parametrize(
+    "wrong", [{"last": 0}, {"every": 0}, {"best": ("loss", "least", 1)}, {"best": ("", "min", 1)}]
+)
 def test_a_retention_that_means_nothing_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
         Keep(**wrong)  # type: ignore[arg-type]

@@ -126,7 +126,9 @@ class Batches(Iterator[Any]):
         try:
             return session.next()
         except StopIteration:
-            raise UnbrokenError("the loader gave no batch in a whole pass: until_step= can never be reached") from None
+            raise UnbrokenError(
+                "the loader gave no batch in a whole pass: until_step= can never be reached"
+            ) from None
 
     def _finish(self) -> None:
         self._role = "over"
@@ -161,7 +163,9 @@ class Batches(Iterator[Any]):
             try:
                 from tqdm.auto import tqdm as factory
             except ImportError:
-                raise InvalidArgument("progress=True needs tqdm", hint="install tqdm, or give progress=False") from None
+                raise InvalidArgument(
+                    "progress=True needs tqdm", hint="install tqdm, or give progress=False"
+                ) from None
         total = self._until_step
         initial = self.run.step
         if total is None:
@@ -205,5 +209,3 @@ class Stream(Iterator[Any]):
             return session.next()
         except StopIteration:
             raise UnbrokenError("a stream's loader gave no batch in a whole pass") from None
-
-

@@ -76,11 +76,16 @@ class _Place:
 
 @dataclass
 class _LoaderSlot:
-    """One tracked loader: its session, and how often it was opened in which epoch. A stream outlasts epochs."""
+    """One tracked loader: its session, and how often it was opened in which epoch. A stream outlasts epochs.
+
+    The reference is weak: a script that builds a new loader every epoch lets the old one go, and its name with it.
+    `remade` tells that a name has passed to a new loader before, so that no state is to be handed on.
+    """
 
     session: Session
-    loader: Any
+    loader: weakref.ref[Any]
     stream: bool
+    remade: bool = False
     epoch: int = -1
     ordinal: int = 0
     active: bool = False
@@ -168,6 +173,7 @@ class Run:
         self._watch = Watch(self._objects)
         self._slots: dict[str, _LoaderSlot] = {}
         self._saved_loaders: dict[str, dict[str, Any]] = {}
+        self._retired: set[str] = set()
         self._identity: dict[str, Any] = {}
         self._recorded_identity: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
@@ -439,13 +445,13 @@ class Run:
         self._refuse(differences)
         return differences
 
-    def _refuse(self, differences: list[tuple[str, Any, Any]]) -> None:
+    def _refuse(self, differences: list[tuple[str, Any, Any]], *, also: str = "") -> None:
         refused = [d for d in differences if not self._allowed(d[0])]
         if refused:
             names = ",".join(name for name, _, _ in refused[:4])
             raise MismatchError(
                 refused,
-                hint="make them equal again, or go on knowingly with "
+                hint=f"make them equal again; {also}or go on knowingly with "
                 f"Run(allow=[...]) or UNBROKEN_ALLOW={names}; the journal will record it",
             )
 
@@ -560,8 +566,9 @@ class Run:
         """Return name and slot of a loader, made and given its saved state at first sight."""
         loader = batches.loader
         for name, slot in self._slots.items():
-            if slot.loader is loader:
+            if slot.loader() is loader:
                 return name, slot
+        self._retire_loaders()
         name = batches.name or expected
         probe = None
         if name is None:
@@ -571,23 +578,37 @@ class Run:
             raise InvalidArgument(f"two loaders of this run are named {name!r}")
         seed = int.from_bytes(_core.derive_key(self.seed, f"loader/{name}", 0, 0)[:8], "little")
         session = Session(loader, name=name, mode=batches.data, seed=seed)
-        slot = _LoaderSlot(session, loader, stream=isinstance(batches, Stream))
+        slot = _LoaderSlot(session, weakref.ref(loader), stream=isinstance(batches, Stream))
+        slot.remade = name in self._retired
         identity = {f"loader/{name}.{key}": value for key, value in session.identity().items()}
         saved = self._saved_loaders.get(name)
         if saved is not None:
             prefix = f"loader/{name}."
             recorded = {n: v for n, v in self._recorded_identity.items() if n.startswith(prefix)}
             differences = environment.changed(recorded, identity)
-            self._refuse(differences)
+            self._refuse(
+                differences,
+                also="or, if this is another loader, give it a name: run.batches(..., name=...); ",
+            )
             for key, old, new in differences:
                 self._core.event(
                     "override", self.step, {"name": key, "recorded": _text(old), "current": _text(new)}
                 )
-            session.restore(saved["state"])
-            slot.epoch, slot.ordinal = saved["epoch"], saved["ordinal"]
+            slot.remade = slot.remade or saved["remade"]
+            if saved["active"] or not slot.remade:
+                session.restore(saved["state"])
+                slot.epoch, slot.ordinal = saved["epoch"], saved["ordinal"]
         self._identity.update(identity)
         self._slots[name] = slot
         return name, slot
+
+    def _retire_loaders(self) -> None:
+        for name, slot in list(self._slots.items()):
+            if slot.loader() is None and not slot.active:
+                slot.session.close()
+                del self._slots[name]
+                self._saved_loaders.pop(name, None)
+                self._retired.add(name)
 
     def _name_like(self, identity: Mapping[str, Any]) -> str:
         """Return the saved, not yet taken name whose loader looked like this one, or the next free name."""
@@ -598,11 +619,13 @@ class Run:
             }
             if name not in self._slots and recorded == dict(identity):
                 return name
-        taken = self._slots.keys() | self._saved_loaders.keys()
-        # One saved loader, one in the program: a changed loader must be named as such, not taken for a new one.
+        # A changed loader must be named as such, never be taken for a new one that starts from the beginning.
         left = [name for name in self._saved_loaders if name not in self._slots]
-        if len(left) == 1 and not self._slots:
-            return left[0]
+        if left:
+            kind = identity["dataset.type"]
+            alike = [n for n in left if self._recorded_identity.get(f"loader/{n}.dataset.type") == kind]
+            return (alike or left)[0]
+        taken = self._slots.keys()
         number = 1
         while (name := "loader" if number == 1 else f"loader{number}") in taken:
             number += 1
@@ -791,12 +814,14 @@ class Run:
             self._core.prune(last=self.keep.last, every=self.keep.every, best=self.keep.best)
 
     def _loader_states(self) -> dict[str, Any]:
+        self._retire_loaders()
         return {
             name: {
                 "state": slot.session.state(),
                 "active": slot.active,
                 "epoch": slot.epoch,
                 "ordinal": slot.ordinal,
+                "remade": slot.remade,
             }
             for name, slot in self._slots.items()
         }
@@ -825,7 +850,11 @@ class Run:
             self._commit(phase)
 
     def _proof_ends(self) -> str | None:
-        return "the last step to prove" if self._proof.steps is not None and self.step >= self._proof.steps else None
+        return (
+            "the last step to prove"
+            if self._proof.steps is not None and self.step >= self._proof.steps
+            else None
+        )
 
     def _say_incomplete(self, *, failed: bool) -> None:
         if self._started and not self._closed and not self.finished:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from .. import _core
+from unbroken import _core
+
 from . import snapshot
 
 Level = Literal["sampled", "full"]

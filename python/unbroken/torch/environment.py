@@ -40,7 +40,7 @@ def settings() -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Return what software and hardware this life runs on: recorded, named when it changed, not refused."""
-    from .. import _core
+    from unbroken import _core
 
     values: dict[str, Any] = {
         "unbroken": _core.build_info().get("version", "unknown"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..stop import STOP_SIGNALS
+from unbroken.stop import STOP_SIGNALS
 
 _original_iter: Any = None
 _worker_pids: set[int] = set()

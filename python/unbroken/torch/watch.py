@@ -41,7 +41,9 @@ class Watch:
 
     def install(self) -> None:
         """Begin to look."""
-        self._handles.append(register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._note(optimizer)))
+        self._handles.append(
+            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._note(optimizer))
+        )
         for cls in _with_subclasses(LRScheduler):
             self._patch(cls, "step")
         for cls in _with_subclasses(torch.amp.GradScaler):
@@ -156,5 +158,3 @@ def _describe(item: object) -> str:
     if isinstance(item, LRScheduler):
         return f"scheduler {name}"
     return f"gradient scaler {name}" if isinstance(item, torch.amp.GradScaler) else name
-
-
