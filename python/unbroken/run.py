@@ -157,7 +157,7 @@ class Run:
         self.keep = keep if isinstance(keep, Keep) else Keep() if keep is None else Keep(last=keep)
         self.requeue_code = requeue_code
         self.state = State()
-        self._data = data
+        self._data: Literal["native", "keyed"] = data
         self._level: digests.Level = level
         self._allow = [*allow, *filter(None, os.environ.get("UNBROKEN_ALLOW", "").split(","))]
         self._fingerprint = data_fingerprint
@@ -308,16 +308,26 @@ class Run:
             positions=False,
         )
 
-    def enumerate(self, loader: Any, **options: Any) -> Batches:
-        """Return pairs (position in the epoch, batch), like `enumerate`, but counting on after a resume."""
-        options.setdefault("data", self._data)
+    def enumerate(
+        self,
+        loader: Any,
+        *,
+        name: str | None = None,
+        data: Literal["native", "keyed"] | None = None,
+        until_step: int | None = None,
+        progress: bool | Callable[..., Any] = False,
+    ) -> Batches:
+        """Return pairs (position in the epoch, batch), like `enumerate`, but counting on after a resume.
+
+        Arguments and errors are those of `batches`.
+        """
         return Batches(
             self,
             loader,
-            name=options.pop("name", None),
-            data=options.pop("data"),
-            until_step=options.pop("until_step", None),
-            progress=options.pop("progress", False),
+            name=name,
+            data=data or self._data,
+            until_step=until_step,
+            progress=progress,
             positions=True,
         )
 
@@ -751,8 +761,8 @@ class Run:
             if self._replayed_from is None:
                 self._replayed_from = self.step
             if self.step == self._core.recorded_until and phase == _IN_EPOCH:
-                first, last = self._replayed_from, self.step
-                steps = f"step {last}" if first == last else f"steps {first}-{last}"
+                begin, last = self._replayed_from, self.step
+                steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
                 self._say(f"{steps} executed again: identical")
 
     def _diverged(self, difference: _core.Difference) -> None:
