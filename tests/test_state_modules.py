@@ -146,8 +146,8 @@ def batch_norms() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=None), nn.Dropout(0.3), nn.Linear(6, 2))
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+def tied() -> Any:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     return model
 
@@ -243,7 +243,7 @@ def test_another_memory_format_is_a_mismatch() -> None:
         plan({"model": nn.Conv2d(3, 4, 3)}, memory)
 
 
-def lazy() -> nn.Module:
+def lazy() -> Any:
     return nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(2))
 
 
@@ -254,7 +254,8 @@ def test_a_lazy_module_is_given_its_shapes_and_its_class() -> None:
     restore({"model": other}, memory)
     assert save({"model": other}).same_as(memory)
     assert [type(part) for part in other] == [nn.Linear, nn.BatchNorm1d, nn.Tanh, nn.Linear]
-    model.eval(), other.eval()
+    model.eval()
+    other.eval()
     inputs = torch.randn(2, 4)
     assert torch.equal(model(inputs), other(inputs))
 
@@ -277,7 +278,8 @@ def test_a_frozen_layer_that_training_unfroze_is_unfrozen() -> None:
 
 def test_names_are_the_users_own_inside_compiled_and_parallel_wrappers() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    wrapped = torch.compile(nn.DataParallel(nn.Sequential(torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2))))
+    inner: Any = torch.compile(nn.Linear(2, 2))
+    wrapped = torch.compile(nn.DataParallel(nn.Sequential(inner, nn.Linear(2, 2))))
     restore({"model": wrapped}, save({"model": model}))
     assert list(save({"model": wrapped}).tree["model"]["parameters"]) == [
         "0.weight",
@@ -341,7 +343,7 @@ def test_another_class_under_a_name_is_a_mismatch() -> None:
 
 def test_an_attribute_that_the_checkpoint_lacks_is_a_mismatch() -> None:
     memory = save({"model": Recurrent()})
-    live = Recurrent()
+    live: Any = Recurrent()
     live.added = 3
     assert untouched({"model": live}, memory).differences == (("model.added", "absent", "3"),)
 
@@ -349,10 +351,11 @@ def test_an_attribute_that_the_checkpoint_lacks_is_a_mismatch() -> None:
 def test_an_allowed_difference_is_passed_over() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     memory = save({"model": model})
-    other.register_parameter("gate", nn.Parameter(torch.ones(1)))
+    gate = nn.Parameter(torch.ones(1))
+    other.register_parameter("gate", gate)
     restore({"model": other}, memory, allow=lambda name: name == "model.gate")
     assert torch.equal(other.weight, model.weight)
-    assert torch.equal(other.gate, torch.ones(1))
+    assert torch.equal(gate, torch.ones(1))
 
 
 # What cannot be saved.

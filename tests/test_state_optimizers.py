@@ -87,7 +87,7 @@ class Mixed(torch.optim.Optimizer):
         self.updates = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:
             with torch.enable_grad():
                 closure()
@@ -143,7 +143,7 @@ def test_state_is_bound_by_name_and_not_by_position() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     step({"model": model, "optimizer": optimizer}, 0)
     memory = save({"model": model, "optimizer": optimizer})
-    other = net(2)
+    other: Any = net(2)
     swapped = [other[2].weight, other[2].bias, other[0].weight, other[0].bias]
     with pytest.raises(MismatchError, match=r"optimizer\.group0"):
         plan({"model": other, "optimizer": torch.optim.Adam(swapped)}, memory)

@@ -371,7 +371,7 @@ def test_another_program_gets_plain_values_and_records() -> None:
 
 
 def test_regions_follow_tensors_that_are_replaced_added_or_moved() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model.parameters())
     objects = {"model": model, "optimizer": optimizer}
 

@@ -380,6 +380,7 @@ class _Component:
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._nested = True
+        self._only_tensors = False
         self._regions: list[tuple[int, int]] = []
 
     def regions(self, members: list[Any], skip: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
@@ -389,6 +390,13 @@ class _Component:
             members: Tensors, plain containers of tensors, and anything else, which is passed over.
             skip: Identities of members that are passed over too.
         """
+        if self._only_tensors and len(members) == len(self._addresses):
+            try:
+                # The tensors of last time are still held here, so that another tensor has another address.
+                if list(map(_address, members)) == self._addresses:
+                    return self._regions
+            except TypeError:
+                pass  # A member is no tensor any more.
         ids = list(map(id, members))
         if (
             self._nested
@@ -398,6 +406,7 @@ class _Component:
         ):
             self._gather([member for member in members if id(member) not in skip])
             self._ids = ids
+            self._only_tensors = len(self._tensors) == len(members) and not self._nested
         return self._regions
 
     def _gather(self, members: list[Any]) -> None:
@@ -435,12 +444,14 @@ class _ModuleWatch:
 
     def _find(self, module: torch.nn.Module) -> None:
         parts = [part for _, part in modules.walk(module)]
-        # Layers of torch's own keep no tensors in plain attributes; looking through them all would cost more.
-        own = [vars(part) for part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
+        # Layers of torch's own gain no children or tensors and keep none in plain attributes; looking costs time.
+        users = [part for part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
+        own = [vars(part) for part in users]
+        grown = {id(part) for part in users}
         self._spaces = (
-            [part._modules for part in parts],
-            [part._parameters for part in parts],
-            [*(part._buffers for part in parts if part._buffers), *own],
+            [part._modules for part in parts if part._modules or id(part) in grown],
+            [part._parameters for part in parts if part._parameters or id(part) in grown],
+            [*(part._buffers for part in parts if part._buffers or id(part) in grown), *own],
         )
         self._machinery = frozenset(
             id(value) for space in own for key, value in space.items() if key in modules.MACHINERY
