@@ -1,0 +1,342 @@
+"""The command-line program on small runs: what it prints, where, and with which exit code."""
+
+import ctypes
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbroken import _core
+from unbroken.__main__ import main
+
+
+def commit(run: _core.Run, step: int, numbers: list[float], *, phase: int = 0, **changes: Any) -> str:
+    """Commit a small state: a 2 x 3 weight, its transpose as a tied view, a momentum, plain values."""
+    weight = ctypes.create_string_buffer(struct.pack("<6f", *numbers), 24)
+    momentum = ctypes.create_string_buffer(struct.pack("<4e", 1, 2, 3, step), 8)
+    tensor = {"dtype": "float32", "offset": 0, "storage": 0}
+    tree = {
+        "model": {
+            "weight": _core.Tensor(shape=(2, 3), strides=(3, 1), **tensor),
+            "tied": _core.Tensor(shape=(3, 2), strides=(1, 3), **tensor),
+        },
+        "optimizer": {
+            0: {"exp_avg": _core.Tensor(dtype="float16", shape=(4,), strides=(1,), offset=0, storage=1)}
+        },
+        "state": {"best": 0.5, "name": "a", **changes},
+    }
+    info = run.commit(
+        step=step,
+        phase=phase,
+        tree=tree,
+        storages=[(ctypes.addressof(weight), 24), (ctypes.addressof(momentum), 8)],
+        identity={"data/length": 200},
+        environment={"torch": "2.15.0"},
+        metrics={"loss": 1.0 / (step + 1)},
+    )
+    return info.name
+
+
+def make_run(
+    path: Path, *, steps: int = 6, loss_at: dict[int, float] | None = None, **changes: Any
+) -> list[str]:
+    """Make a run with checkpoints at step 0 and every second one after; return their names."""
+    run = _core.Run.open(path, seed=7, settings={})
+    run.begin()
+    names = [commit(run, 0, [0, 1, 2, 3, 4, 5])]
+    run.event("signal", 0, {"name": "SIGTERM"})
+    for step in range(1, steps + 1):
+        loss = (loss_at or {}).get(step, 1 / step)
+        components = [("batch", bytes([step] * 16)), ("loss", loss)]
+        assert run.record(step, 0, 0, step, components) is None
+        if step % 2 == 0:
+            names.append(commit(run, step, [step, 1, 2, 3, 4, 5], **changes))
+    run.close()
+    return names
+
+
+@pytest.fixture
+def run_path(tmp_path: Path) -> Path:
+    make_run(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Call the program in this process; return exit code, stdout and stderr."""
+    capfd.readouterr()
+    code = main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def damage(file: Path) -> None:
+    """Flip one bit of a file's last byte."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(data)
+
+
+def test_list_prints_a_row_for_each_checkpoint(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capfd, "list", run_path)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["step", "boundary", "created", "size", "added", "name", "notes"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "2", "4", "6"]
+    assert "loss=0.2" in lines[3]
+    assert "32 B" in lines[1]
+    assert err == ""
+
+
+def test_list_in_json_has_what_the_manifests_say(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capfd, "list", "--json", run_path)
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["seed"] == 7
+    assert [row["step"] for row in answer["checkpoints"]] == [0, 2, 4, 6]
+    assert answer["checkpoints"][2]["metrics"] == {"loss": 0.2}
+    assert answer["checkpoints"][0]["identity"] == {"data/length": 200}
+    assert answer["rejected"] == []
+
+
+def test_a_path_that_is_no_run_cannot_be_answered(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["list"], ["show"], ["log"], ["verify"], ["prune", "--last", "1"]):
+        code, out, err = call(capfd, *command, tmp_path / "nothing")
+        assert (code, out) == (2, ""), command
+        assert err.startswith("error: "), command
+        assert "nothing" in err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_show_prints_leaves_with_type_shape_size_and_digest(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capfd, "show", run_path)
+    assert code == 0
+    assert re.search(r"^step +6 \(step\)$", out, re.MULTILINE)
+    assert re.search(r"^  model/weight +float32 \[2, 3\] +24 B +[0-9a-f]{16}$", out, re.MULTILINE)
+    assert re.search(r"^  model/tied +float32 \[3, 2\] +24 B +[0-9a-f]{16}$", out, re.MULTILINE)
+    assert re.search(r"^  optimizer/0/exp_avg +float16 \[4\] +8 B", out, re.MULTILINE)
+    assert re.search(r'^  state/name +"a"$', out, re.MULTILINE)
+    assert re.search(r'^  torch +"2.15.0"$', out, re.MULTILINE)
+    code, out, _ = call(capfd, "show", "--json", f"{run_path}@2")
+    answer = json.loads(out)
+    assert (code, answer["step"]) == (0, 2)
+    assert {leaf["path"] for leaf in answer["leaves"]} >= {"model/weight", "state/best"}
+
+
+def test_show_of_a_step_without_checkpoint_names_the_nearest(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capfd, "show", f"{run_path}@3")
+    assert (code, out) == (2, "")
+    assert "has no checkpoint of step 3" in err
+    assert "hint: the nearest are those of steps 2 and 4" in err
+
+
+def test_log_prints_a_line_for_each_boundary(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capfd, "log", run_path)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == 'step 0  * signal (life 1) name="SIGTERM"'
+    assert lines[4] == "step 4  epoch 0 position 4  loss=0.25"
+    assert len(lines) == 7
+    _, out, _ = call(capfd, "log", run_path, "--steps", "2..3", "--components")
+    assert [line.split()[1] for line in out.splitlines()] == ["2", "3"]
+    assert f"batch={'02' * 16}" in out
+    _, out, _ = call(capfd, "log", run_path, "--steps", "5..", "--json")
+    boundaries = [json.loads(line) for line in out.splitlines()]
+    assert [boundary["step"] for boundary in boundaries] == [5, 6]
+    assert boundaries[0]["components"]["loss"] == {"float": 0.2, "bits": "3fc999999999999a"}
+
+
+def test_diff_of_equal_runs_says_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    code, out, _ = call(capfd, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 0
+    assert out == "same through step 6; checkpoints of step 6 are the same in all 5 leaves\n"
+
+
+def test_diff_names_the_first_step_and_component(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", loss_at={4: 0.26, 5: 9.0})
+    code, out, _ = call(capfd, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert out.startswith('same through step 3; part at step 4: "loss" is 0.25')
+    code, out, _ = call(capfd, "diff", "--json", tmp_path / "a", tmp_path / "b")
+    answer = json.loads(out)
+    assert (code, answer["same"]) == (1, False)
+    assert (answer["part_at"]["step"], answer["part_at"]["component"]) == (4, "loss")
+
+
+def test_diff_of_a_run_that_ends_early_is_no(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", steps=4)
+    code, out, _ = call(capfd, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert "same through step 4; part at step 5" in out
+
+
+def test_diff_goes_on_to_checkpoints_where_journals_are_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", name="b")
+    code, out, _ = call(capfd, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert out.startswith("state/name: ")
+    assert len(out.splitlines()) == 1
+
+
+def test_diff_of_two_checkpoints_counts_elements(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capfd, "diff", f"{run_path}@2", f"{run_path}@4")
+    assert code == 1
+    (weight,) = [line for line in out.splitlines() if line.startswith("model/weight")]
+    # From 2.0 to 4.0 there are 2^23 floats.
+    assert "1 of 6 elements differ, first at 0, at most 8388608 ulps apart" in weight
+    code, out, _ = call(capfd, "diff", "--json", f"{run_path}@2", f"{run_path}@4")
+    paths = [row["path"] for row in json.loads(out)["differences"]]
+    assert paths == ["model/weight", "model/tied", "optimizer/0/exp_avg"]
+    assert call(capfd, "diff", f"{run_path}@4", f"{run_path}@4")[0] == 0
+    assert call(capfd, "diff", run_path, f"{run_path}@4")[0] == 2
+
+
+def test_verify_finds_a_flipped_bit_in_a_tensor_and_quick_says_that_it_read_none(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capfd, "verify", run_path)
+    assert code == 0
+    assert out.count("whole    ") == 4
+    assert "summary: 4 checkpoints whole; journal whole" in err
+    newest = sorted((run_path / "objects").iterdir(), key=lambda file: file.stat().st_mtime_ns)[-1]
+    damage(newest)
+    code, out, err = call(capfd, "verify", run_path)
+    assert code == 1
+    assert re.search(r"^damaged  000000006-0-[0-9a-f]+: .*is damaged", out, re.MULTILINE)
+    assert "summary: 3 checkpoints whole, 1 damaged; journal whole" in err
+    code, _, err = call(capfd, "verify", "--quick", run_path)
+    assert code == 0
+    assert "no tensor was read" in err
+    assert call(capfd, "verify", f"{run_path}@4")[0] == 0
+    code, out, _ = call(capfd, "verify", "--json", f"{run_path}@6")
+    assert code == 1
+    assert [row["name"][:9] for row in json.loads(out)["damaged"]] == ["000000006"]
+
+
+def test_verify_finds_a_damaged_manifest_and_a_damaged_journal(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(sorted((run_path / "checkpoints").iterdir())[1])
+    (segment,) = (run_path / "journal").iterdir()
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    code, out, err = call(capfd, "verify", run_path)
+    assert code == 1
+    assert "damaged  000000002-0-" in out
+    assert "damaged  journal: " in out
+    assert "3 checkpoints whole, 1 damaged; journal damaged" in err
+    code, out, err = call(capfd, "list", run_path)
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert err.startswith("damaged: 000000002-0-")
+
+
+def test_export_writes_tied_and_transposed_tensors_as_plain_ones(
+    run_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    file = tmp_path / "out.safetensors"
+    code, out, _ = call(capfd, "export", run_path, file)
+    assert code == 0
+    assert out.startswith(f"{file}: 3 tensors, ")
+    tensors = safetensors.load_file(file)
+    assert sorted(tensors) == ["model/tied", "model/weight", "optimizer/0/exp_avg"]
+    assert tensors["model/weight"].tolist() == [[6, 1, 2], [3, 4, 5]]
+    assert tensors["model/tied"].tolist() == [[6, 3], [1, 4], [2, 5]]
+    assert tensors["optimizer/0/exp_avg"].tolist() == [1, 2, 3, 6]
+    code, _, err = call(capfd, "export", run_path, file)
+    assert code == 2
+    assert "is there already" in err
+    assert call(capfd, "export", f"{run_path}@2", file, "--force", "--prefix", "model/")[0] == 0
+    tensors = safetensors.load_file(file)
+    assert sorted(tensors) == ["tied", "weight"]
+    assert tensors["weight"][0, 0] == 2
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_export_refuses_what_it_cannot_write(
+    run_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capfd, "export", run_path, tmp_path / "out.txt")
+    assert (code, "cannot tell" in err) == (2, True)
+    code, _, err = call(capfd, "export", run_path, tmp_path / "o.safetensors", "--prefix", "none/")
+    assert (code, "starts with `none/`" in err) == (2, True)
+    code, _, err = call(capfd, "export", run_path, tmp_path / "no" / "o.safetensors")
+    assert (code, "cannot open the directory" in err) == (2, True)
+    assert _core.main(["export", str(run_path), str(tmp_path / "out.pt")]) == 2
+    assert "no torch" in capfd.readouterr().err
+    assert list(tmp_path.glob("*o*.safetensors")) == []
+
+
+def test_prune_shows_first_and_deletes_then(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = sorted(path.name for path in (run_path / "checkpoints").iterdir())
+    code, out, err = call(capfd, "prune", run_path, "--last", "1", "--dry-run")
+    assert (code, out.split()) == (0, names[:3])
+    assert "3 checkpoints would be deleted, 1 checkpoint kept" in err
+    assert sorted(path.name for path in (run_path / "checkpoints").iterdir()) == names
+    code, out, _ = call(capfd, "prune", run_path, "--last", "1", "--best", "loss:max:1", "--json")
+    assert json.loads(out) == {"dry_run": False, "deleted": names[1:3], "kept": [names[0], names[3]]}
+    assert sorted(path.name for path in (run_path / "checkpoints").iterdir()) == [names[0], names[3]]
+    assert call(capfd, "verify", run_path)[0] == 0
+    assert call(capfd, "prune", run_path)[0] == 2
+
+
+def test_prune_does_not_touch_a_run_that_is_held(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    holder = _core.Run.open(run_path, seed=None, settings={})
+    try:
+        code, out, err = call(capfd, "prune", run_path, "--last", "1")
+        assert (code, out) == (2, "")
+        assert "held by" in err
+        assert len(list((run_path / "checkpoints").iterdir())) == 4
+    finally:
+        holder.close()
+
+
+def test_help_fits_a_screen_and_usage_errors_exit_with_2(capfd: pytest.CaptureFixture[str]) -> None:
+    commands = ["list", "show", "log", "diff", "verify", "export", "prune"]
+    for arguments in ([], *([command] for command in commands)):
+        code, out, err = call(capfd, *arguments, "-h")
+        assert (code, err) == (0, "")
+        assert 3 < len(out.splitlines()) <= 24
+        assert max(map(len, out.splitlines())) <= 100
+    for arguments in (
+        ["nonsense"],
+        ["list"],
+        ["log", "x", "--steps", "5..3"],
+        ["prune", "x", "--best", "loss"],
+    ):
+        code, out, err = call(capfd, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+
+
+def test_no_answer_has_colour_and_a_closed_pipe_is_no_error(run_path: Path) -> None:
+    environment = {**os.environ, "CLICOLOR_FORCE": "1", "TERM": "xterm-256color"}
+    program = [sys.executable, "-m", "unbroken"]
+    done = subprocess.run([*program, "show", str(run_path)], capture_output=True, env=environment, check=True)
+    assert b"\x1b" not in done.stdout + done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        closed = subprocess.run([*program, "show", str(run_path)], stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert (closed.returncode, closed.stderr) == (0, b"")
