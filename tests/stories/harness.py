@@ -180,17 +180,15 @@ class Story:
 
 
 def key(line: dict[str, Any]) -> tuple[str, int]:
-    for name in ("step", "epoch_end"):
-        if name in line:
-            return name, line[name]
-    return "final", 0
+    name = next(name for name in ("step", "epoch_end", "final") if name in line)
+    return name, line[name]
 
 
-def joined(story: Story) -> dict[tuple[str, int], dict[str, Any]]:
+def joined(story: Story, *ignored: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Return the trace of all lives as one, in which what was executed twice came out the same both times."""
     result: dict[tuple[str, int], dict[str, Any]] = {}
     for line in story.lines():
-        content = {name: value for name, value in line.items() if name != "pid"}
+        content = {name: value for name, value in line.items() if name not in ("pid", *ignored)}
         earlier = result.get(key(line))
         assert earlier is None or earlier == content, (
             f"{key(line)} executed again: {differing(earlier, content)}"

@@ -225,9 +225,8 @@ class Witness:
         os.write(self._file, (json.dumps({**fields, "pid": os.getpid()}) + "\n").encode())
 
 
-def generators(data: Items, workers: int) -> list[Any]:
-    held = None if workers else data.generator.bit_generator.state
-    return [repr(random.getstate()), np.random.get_state(), torch.get_rng_state(), held]
+def generators() -> list[Any]:
+    return [repr(random.getstate()), np.random.get_state(), torch.get_rng_state()]
 
 
 def die_at(plan: str | None, when: int, place: str) -> None:
@@ -430,7 +429,8 @@ def train(options: argparse.Namespace, made: dict[str, Any], data: Items, witnes
                 optimizer=hashed(opt.state_dict()),
                 scheduler=[sched.last_epoch, struct.pack("<d", float(sched.get_last_lr()[0])).hex()],
                 scaler=None if scaler is None else scaler.state_dict(),
-                generators=hashed(generators(data, options.workers)),
+                generators=hashed(generators()),
+                held=hashed(data.generator.bit_generator.state),
             )
             die_at(options.kill, step, "after")
             signal_at(options.signal, step, "after")
@@ -443,13 +443,16 @@ def train(options: argparse.Namespace, made: dict[str, Any], data: Items, witnes
             epoch_end=epoch,
             model=hashed(dict(net.state_dict())),
             optimizer=hashed(opt.state_dict()),
-            generators=hashed(generators(data, options.workers)),
+            generators=hashed(generators()),
+            held=hashed(data.generator.bit_generator.state),
         )
         die_at(options.kill, epoch, "epoch-end")
         signal_at(options.signal, epoch, "epoch-end")
     witness.write(
-        final=hashed([dict(net.state_dict()), opt.state_dict(), generators(data, options.workers)]),
-        steps=run.state["steps"],
+        final=run.state["steps"],
+        model=hashed(dict(net.state_dict())),
+        optimizer=hashed(opt.state_dict()),
+        generators=hashed(generators()),
     )
 
 
