@@ -10,6 +10,7 @@ indices that come out are compared with a digest of those that came out before.
 """
 
 import array
+import itertools
 import marshal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -175,7 +176,8 @@ class Recorder:
         self._events = 0
         self.pulls = 0
         self.exhausted = False
-        self._rolling = bytes(16)
+        self._rolling = bytes(16)  # Digest of all payloads so far, each with the digest before it.
+        self._last = bytes(16)  # Digest of the last payload.
         self._issued: deque[tuple[bytes, Any]] = deque()
 
     def begin(self, key: bytes | None = None) -> None:
@@ -227,6 +229,7 @@ class Recorder:
             "exhausted": self.exhausted,
             "started": self._iterator is not None,
             "rolling": self._rolling,
+            "last": self._last,
         }
         owned = self.owned.capture().to_value()
         if stateful is not None:
@@ -294,30 +297,12 @@ class Recorder:
 
     def _turn_again(self, state: Value, position: int) -> list[Any]:
         log = {entry["event"]: entry for entry in state["log"]}
-        iters = set(state["iters"])
-        pending: list[Any] = []
-        for event in range(state["events"]):
-            if event in log:
-                self._put_back(log[event])
-            if event in iters:
-                self._iterator = self._turn(lambda: iter(self.sampler))
-                continue
-            assert self._iterator is not None, "a recorded stream begins with its iter"
-            try:
-                payload = self._turn(self._iterator.__next__)
-            except StopIteration:
-                self.exhausted = True
-                continue
-            self._count(payload)
-            if self.pulls > position:
-                pending.append(payload)
-            else:
-                self._issued.popleft()
-        if (self.pulls, self.exhausted, self._rolling) != (
-            state["pulls"],
-            state["exhausted"],
-            state["rolling"],
-        ):
+        if type(self.sampler) is BatchSampler and self._own and not self._generators and state["pulls"] > 1:
+            pending = self._skip_ahead(state, log, position)
+        else:
+            pending = self._repeat(state, log, position)
+        found = (self.pulls, self.exhausted, self._rolling, self._last)
+        if found != (state["pulls"], state["exhausted"], state["rolling"], state["last"]):
             raise NotExact(
                 self.name,
                 f"turned again, its {state['pulls']} turns of this epoch gave other indices than before",
@@ -337,6 +322,55 @@ class Recorder:
         self._synced = {name: data for name, data in self._drawn_from().items() if name in recorded}
         return pending
 
+    def _repeat(self, state: Value, log: dict[int, dict[str, Any]], position: int) -> list[Any]:
+        """Turn the sampler once for each recorded event."""
+        iters = set(state["iters"])
+        pending: list[Any] = []
+        for event in range(state["events"]):
+            if event in log:
+                self._put_back(log[event])
+            if event in iters:
+                self._iterator = self._turn(lambda: iter(self.sampler))
+                continue
+            assert self._iterator is not None, "a recorded stream begins with its iter"
+            try:
+                payload = self._turn(self._iterator.__next__)
+            except StopIteration:
+                self.exhausted = True
+                continue
+            self._count(payload)
+            if self.pulls > position:
+                pending.append(payload)
+            else:
+                self._issued.popleft()
+        return pending
+
+    def _skip_ahead(self, state: Value, log: dict[int, dict[str, Any]], position: int) -> list[Any]:
+        """Do as `_repeat` does where torch's own sampler draws once, without making each batch.
+
+        The last payload stands for all before it: they come from the same one draw.
+        """
+        batches, leaf = self.sampler, self.sampler.sampler
+        for event in sorted(log):
+            self._put_back(log[event])
+        first = min(position, state["pulls"] - 1)
+        indices = self._turn(lambda: iter(leaf))
+        self._turn(lambda: deque(itertools.islice(indices, first * batches.batch_size), maxlen=0))
+        self._iterator = iter(BatchSampler(indices, batches.batch_size, batches.drop_last))
+        self.pulls = first
+        pending: list[Any] = []
+        while self.pulls < state["pulls"]:
+            payload = self._turn(self._iterator.__next__)
+            self._count(payload)
+            if self.pulls > position:
+                pending.append(payload)
+            else:
+                self._issued.popleft()
+        if state["exhausted"]:
+            self.exhausted = next(self._iterator, None) is None
+        self._rolling = state["rolling"]
+        return pending
+
     def _turn(self, action: Callable[[], Any]) -> Any:
         return action() if self._swap is None or self._is_pure_now() else self._swap.run(action)
 
@@ -348,8 +382,8 @@ class Recorder:
         self.pulls += 1
         data = self._digest(payload)
         self._rolling = _core.digest_bytes(self._rolling, data)
-        kept = payload if self._stateful is not None else None
-        self._issued.append((_core.digest_bytes(data), kept))
+        self._last = _core.digest_bytes(data)
+        self._issued.append((self._last, payload if self._stateful is not None else None))
 
     def _event(self, action: Callable[[], Any]) -> Any:
         """Run one turn of the sampler and record what turning it again would miss."""
