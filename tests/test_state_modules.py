@@ -468,3 +468,53 @@ def test_evaluation_leaves_training_flags_as_they_were() -> None:
     model.train()
     snapshot.restore_training_flags(flags)
     assert [part.training for part in model.modules()] == [True, True, False]
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.by_class = {nn.Linear: 0, nn.Conv2d: 0}
+        self.by_parameter = {self.fc.weight: torch.zeros(1)}
+
+
+def test_keys_that_are_classes_or_parameters_find_their_own() -> None:
+    model, other = Keyed(), Keyed()
+    model.by_class.update({nn.Linear: 1, nn.Conv2d: 2})
+    model.by_parameter[model.fc.weight] += 5
+    restore({"model": other}, save({"model": model}))
+    assert other.by_class == {nn.Linear: 1, nn.Conv2d: 2}
+    assert other.by_parameter[other.fc.weight].item() == 5
+
+
+BUILTIN: dict[str, Any] = {
+    "transformer": lambda: nn.Transformer(8, 2, 1, 1, 16),
+    "attention": lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=True),
+    "gru": lambda: nn.GRU(3, 4, bidirectional=True),
+    "losses": lambda: nn.ModuleList([nn.CrossEntropyLoss(torch.rand(3)), nn.TripletMarginWithDistanceLoss()]),
+    "adaptive": lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10]),
+    "embeddings": lambda: nn.ModuleList([nn.Embedding(5, 2, 0), nn.EmbeddingBag(5, 2)]),
+    "lists": lambda: nn.ParameterDict(
+        {"a": nn.Parameter(torch.rand(2)), "b": nn.ParameterList([torch.rand(1)])}
+    ),
+    "norms": lambda: nn.ModuleList(
+        [nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), nn.RMSNorm(4)]
+    ),
+    "shared": lambda: nn.ModuleList([nn.ReLU()] * 2),
+}
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_torchs_own_modules_come_back(name: str) -> None:
+    torch.manual_seed(1)
+    memory = save({"model": BUILTIN[name]()})
+    live = BUILTIN[name]()
+    restore({"model": live}, memory)
+    assert save({"model": live}).same_as(memory)
+
+
+def test_an_allowed_change_of_structure_leaves_the_programs_part_as_it_is() -> None:
+    memory = save(with_sgd(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    live = with_sgd(nn.Sequential(nn.Linear(2, 2)))
+    restore(live, memory, allow=lambda name: True)
+    assert len(live["optimizer"].param_groups[0]["params"]) == 2

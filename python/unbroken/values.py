@@ -191,10 +191,10 @@ class _Lowering:
             return tuple(self.lower(part, join_path(path, index)) for index, part in enumerate(value))
         if kind is dict:
             return self._dict(value, path)
-        if kind is set:
-            return {self.lower(part, join_path(path, part)) for part in value}
-        if kind is frozenset:
-            return frozenset(self.lower(part, join_path(path, part)) for part in value)
+        if kind is set or kind is frozenset:
+            lowered = kind(self.lower(part, join_path(path, part)) for part in value)
+            self._require_distinct(len(lowered), len(value), kind, path)
+            return lowered
 
         entry = _registered_types.get(kind)
         if entry is not None:
@@ -224,10 +224,21 @@ class _Lowering:
         raise UnsupportedState(path, type_name(kind), hint=_HINT)
 
     def _dict(self, value: Mapping[Any, Any], path: str) -> dict[Value, Value]:
-        return {
-            self.lower(key, join_path(path, key)): self.lower(part, join_path(path, key))
-            for key, part in value.items()
-        }
+        lowered = {}
+        for key, part in value.items():
+            place = join_path(path, key)
+            lowered[self.lower(key, place)] = self.lower(part, place)
+        self._require_distinct(len(lowered), len(value), type(value), path)
+        return lowered
+
+    def _require_distinct(self, lowered: int, given: int, kind: type, path: str) -> None:
+        if lowered != given:
+            raise UnsupportedState(
+                path,
+                type_name(kind),
+                why="two of its keys are distinct objects that are saved alike",
+                hint=_HINT,
+            )
 
     def _items(self, kind: str, value: Any, path: str, **more: Value) -> Object:
         parts = [self.lower(part, join_path(path, index)) for index, part in enumerate(value)]

@@ -99,6 +99,13 @@ def is_code(value: object) -> bool:
     return parts[0] in _CODE_MODULES or ".".join(parts[:2]) in _CODE_MODULES or "tensorboard" in parts
 
 
+def code_name(value: object) -> str:
+    """Return what a piece of code is called, as far as it says."""
+    name = getattr(value, "__qualname__", None)
+    module = getattr(value, "__module__", None)
+    return f"{module}.{name}" if isinstance(name, str) and isinstance(module, str) else ""
+
+
 class Names:
     """Names of the live objects that others refer to: parameters and buffers, modules, and whatever is tracked."""
 
@@ -204,7 +211,7 @@ class Capture:
         if rng.is_generator(value):
             return Object("generator", values.type_name(kind), {"state": rng.capture_generator(value)})
         if is_code(value):
-            return Object("code", values.type_name(kind), {})
+            return Object("code", values.type_name(kind), {"name": code_name(value)})
         if isinstance(value, torch.nn.Module):
             from unbroken.torch import modules
 
@@ -489,10 +496,19 @@ class Restorer:
     def _dict_makers(self, live: Any, value: dict[Value, Value], path: str) -> dict[Any, Maker]:
         makers: dict[Any, Maker] = {}
         for key, item in value.items():
-            raised = self._raise(key, path)
+            raised = self._key(live, key, path)
             part = dict.get(live, raised, MISSING) if isinstance(live, dict) else MISSING
             makers[raised] = self.plan(part, item, values.join_path(path, raised))
         return makers
+
+    def _key(self, live: Any, key: Value, path: str) -> Any:
+        """Return a recorded key; for one that is code, such as a class, the live mapping's key of that name."""
+        if isinstance(key, Object) and key.kind == "code":
+            name = key.fields["name"]
+            for known in live if isinstance(live, dict) else ():
+                if is_code(known) and code_name(known) == name:
+                    return known
+        return self._raise(key, path)
 
     def _dict(self, live: Any, value: dict[Value, Value], path: str) -> Maker:
         makers = self._dict_makers(live, value, path)
@@ -720,7 +736,7 @@ class Restorer:
             made = maker()
             if parameter.grad is made:
                 return
-            if made.dtype != parameter.dtype and parameter.grad_dtype != made.dtype:
+            if parameter.grad_dtype not in (None, made.dtype):
                 parameter.grad = None
                 parameter.grad_dtype = made.dtype
             parameter.grad = made

@@ -123,8 +123,12 @@ def plan_optimizer(restorer: Restorer, optimizer: Optimizer, tree: Value, path: 
         if group["params"][: len(have)] != have:
             _name_difference(restorer, f"{name}.group{at}", group["params"], have)
             continue
-        for key in group["params"][len(have) :]:
-            parameters[key] = _find_parameter(restorer, key, f"{name}.group{at}")
+        added = {
+            key: _find_parameter(restorer, key, f"{name}.group{at}") for key in group["params"][len(have) :]
+        }
+        if any(parameter is MISSING for parameter in added.values()):
+            continue
+        parameters.update(added)
         live_group = optimizer.param_groups[at] if at < len(live_names) else None
         plans.append(
             _plan_group(restorer, optimizer, live_group, group, parameters, f"{path}/groups/{at}", name, at)
