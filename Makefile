@@ -23,7 +23,7 @@ export PYO3_PYTHON := $(CURDIR)/$(bin)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_REQUIRE_VIRTUALENV := 1
 
-.PHONY: setup demo test test-rust test-python lint format bench clean
+.PHONY: setup demo test test-rust test-python test-burn lint format bench clean
 
 setup: $(built)
 
@@ -43,18 +43,23 @@ $(built): $(rust) $(installed)
 demo: setup
 	$(bin)/python examples/demo.py
 
-test: test-rust test-python
+test: test-rust test-python test-burn
 
 # The extension module has no tests of its own in Rust: they would have to link against libpython.
 test-rust: $(bin)/python
-	cargo test --workspace --exclude unbroken-py
+	cargo test --package unbroken --package unbroken-cli
+
+# Burn's own crates are built once, into the same target directory, at a profile of their own.
+test-burn:
+	cargo test --package unbroken-burn --profile burn
 
 test-python: setup
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
 
 lint: setup
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --package unbroken-burn --profile burn --all-targets -- -D warnings
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/basedpyright

@@ -7,8 +7,8 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use super::source::{Failure, Sample, Source};
@@ -89,6 +89,27 @@ impl<I: Send + 'static> Loader<Vec<I>> {
     }
 }
 
+impl<T> Loader<T> {
+    /// How many samples an epoch has, those of a dropped last batch included.
+    pub fn samples(&self) -> u64 {
+        self.length
+    }
+
+    /// How many samples a batch has, but perhaps the last.
+    pub fn batch_size(&self) -> u64 {
+        self.plan.batch
+    }
+
+    /// How many batches an epoch has.
+    pub fn batches(&self) -> u64 {
+        if self.plan.drop_last {
+            self.length / self.plan.batch
+        } else {
+            self.length.div_ceil(self.plan.batch)
+        }
+    }
+}
+
 impl<T: Send + 'static> Loader<T> {
     /// Batches that `collate` makes of this many samples each, on the loader's threads.
     ///
@@ -157,25 +178,6 @@ impl<T: Send + 'static> Loader<T> {
     pub fn digested(mut self, digest: impl Fn(&T) -> Fingerprint + Send + Sync + 'static) -> Loader<T> {
         self.plan.digest = Some(Arc::new(digest));
         self
-    }
-
-    /// How many samples an epoch has, those of a dropped last batch included.
-    pub fn samples(&self) -> u64 {
-        self.length
-    }
-
-    /// How many samples a batch has, but perhaps the last.
-    pub fn batch_size(&self) -> u64 {
-        self.plan.batch
-    }
-
-    /// How many batches an epoch has.
-    pub fn batches(&self) -> u64 {
-        if self.plan.drop_last {
-            self.length / self.plan.batch
-        } else {
-            self.length.div_ceil(self.plan.batch)
-        }
     }
 
     /// What may not change between lives, by name.
@@ -294,7 +296,8 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// One thread and its channel.
 struct Lane<T> {
-    channel: Option<Receiver<Result<Batch<T>>>>,
+    /// Behind a mutex that nobody locks, so that a loader can be shared between threads that do not draw from it.
+    channel: Option<Mutex<Receiver<Result<Batch<T>>>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -308,7 +311,7 @@ impl<T: Send + 'static> Lane<T> {
                 what: format!("another thread for the loader ({error})"),
             })?;
         Ok(Lane {
-            channel: Some(channel),
+            channel: Some(Mutex::new(channel)),
             thread: Some(thread),
         })
     }
@@ -366,10 +369,13 @@ impl<T> Iterator for Pass<T> {
         if self.failed || self.next >= self.maker.batches {
             return None;
         }
-        let batch = match self.lanes.front() {
+        let batch = match self.lanes.front_mut() {
             None => self.maker.batch(self.next),
             Some(lane) => {
-                let channel = lane.channel.as_ref().expect("an open lane has its channel");
+                let channel = lane.channel.as_mut().expect("an open lane has its channel");
+                let channel = channel
+                    .get_mut()
+                    .expect("nobody locks it, so nobody panics while holding it");
                 channel.recv().unwrap_or_else(|_| {
                     let what = "a thread of the loader ended early".to_owned();
                     Err(Error::Data {

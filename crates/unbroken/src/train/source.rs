@@ -62,6 +62,11 @@ impl Sample {
         key::derive_key(self.seed, "sample", self.epoch, self.position)
     }
 
+    /// The same place in the order, and another number: for a source that serves a part of another one.
+    pub fn with_index(self, index: u64) -> Sample {
+        Sample { index, ..self }
+    }
+
     /// Random numbers of its own.
     pub fn draws(&self) -> Draws {
         Draws::new(self.key())

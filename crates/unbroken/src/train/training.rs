@@ -325,6 +325,8 @@ impl Training {
         let Some(checkpoint) = self.run.resumed_from().cloned() else {
             self.run.begin()?;
             self.obey_signals()?;
+            // What makes its first numbers when they are first read makes the same ones in every run of this seed.
+            self.reseed("start")?;
             return self.commit(IN_EPOCH, state);
         };
         self.place = Place::raised(&checkpoint)?;
@@ -493,7 +495,7 @@ impl Training {
             return Ok(None);
         }
         let batch = self.next_batch(loader)?;
-        self.reseed()?;
+        self.reseed("generator")?;
         let Some(batch) = batch else {
             self.now = Now::AfterSteps;
             self.proof.reached("work", self.place.epoch);
@@ -584,10 +586,11 @@ impl Training {
         )
     }
 
-    fn reseed(&mut self) -> Result<()> {
+    /// Sets every generator from a key of this place and this purpose.
+    fn reseed(&mut self, purpose: &str) -> Result<()> {
         let (seed, place) = (self.run.seed(), self.place);
         for (name, generator) in &mut self.options.generators {
-            let purpose = format!("generator/{name}");
+            let purpose = format!("{purpose}/{name}");
             generator.reseed(key::derive_key(seed, &purpose, place.epoch, place.position))?;
         }
         Ok(())
@@ -630,7 +633,7 @@ impl Training {
     pub fn leave_epoch(&mut self) -> Result<()> {
         if self.begin_step()? {
             // After the epoch's work generators stand where they would after its last step.
-            self.reseed()?;
+            self.reseed("generator")?;
             self.now = Now::AfterSteps;
         }
         Ok(())
@@ -743,9 +746,29 @@ impl Training {
         })
     }
 
-    fn finish(&mut self, state: &mut dyn Stateful) -> Result<()> {
+    /// Completes the run here, before its planned end: early stopping. Starting it again trains nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] where a step is handed out and not committed; those of [`Training::next_epoch`].
+    pub fn finish(&mut self, state: &mut dyn Stateful) -> Result<()> {
+        self.leave_epoch_if_open()?;
+        if self.now == Now::AfterSteps {
+            self.end_epoch(state)?;
+        }
+        if self.place.finished {
+            return Ok(());
+        }
         self.place.finished = true;
         self.commit(FINISHED, state)
+    }
+
+    fn leave_epoch_if_open(&mut self) -> Result<()> {
+        if self.now == Now::BetweenEpochs {
+            Ok(())
+        } else {
+            self.leave_epoch()
+        }
     }
 
     fn commit(&mut self, phase: u8, state: &mut dyn Stateful) -> Result<()> {

@@ -1,0 +1,309 @@
+//! Modules to and from state, by path: `conv1.weight`, `norm1.running_mean`.
+//!
+//! Touches: the module's tensors, read only on the way out.
+
+use std::collections::{BTreeSet, HashMap};
+
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Shape, Tensor, TensorData};
+use unbroken::train::{Bytes, StateReader, StateWriter};
+use unbroken::{Error, Result, Value};
+
+use crate::dtype::{self, Raw};
+
+/// Brings running statistics up to date: Burn keeps the newest update aside until the next forward pass, and records
+/// what was before it. Changes no number of the training.
+pub fn settle<M: Module>(module: &M) {
+    // Making the validation form of a module takes over what is pending, in the module itself.
+    let _ = module.valid();
+}
+
+/// Where a traversal is.
+#[derive(Default)]
+struct Path(Vec<String>);
+
+impl Path {
+    fn text(&self) -> String {
+        self.0.join(".")
+    }
+}
+
+/// Writes a module's tensors by path, its flags and which tensors are trained.
+///
+/// The module should be [settled](settle) first.
+///
+/// # Errors
+///
+/// A tensor of a quantized type; two tensors under one path.
+pub fn write<M: Module>(module: &M, out: &mut StateWriter<'_>) -> Result<()> {
+    let mut writer = Writer {
+        path: Path::default(),
+        out,
+        trained: Vec::new(),
+        flags: Vec::new(),
+        result: Ok(()),
+    };
+    module.visit(&mut writer);
+    let Writer {
+        out,
+        trained,
+        flags,
+        result,
+        ..
+    } = writer;
+    result?;
+    out.value("trained", Value::List(trained))?;
+    out.value("flags", Value::Dict(flags))
+}
+
+struct Writer<'w, 'a> {
+    path: Path,
+    out: &'w mut StateWriter<'a>,
+    trained: Vec<Value>,
+    flags: Vec<(Value, Value)>,
+    result: Result<()>,
+}
+
+impl Writer<'_, '_> {
+    fn tensor(&mut self, dtype: DType, shape: Shape, fetch: impl FnOnce() -> TensorData + 'static) {
+        if self.result.is_err() {
+            return;
+        }
+        let path = self.path.text();
+        self.result = dtype::name(dtype, &path).and_then(|name| {
+            let sizes = dtype::sizes(&shape.to_vec());
+            self.out.tensor_with(&path, name, dtype.size(), &sizes, || {
+                Bytes::owned(Raw(fetch().into_parts().0))
+            })
+        });
+    }
+}
+
+impl ModuleVisitor for Writer<'_, '_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.0.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.0.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if param.is_require_grad() {
+            self.trained.push(Value::Str(self.path.text()));
+        }
+        let tensor = param.transform_for_save().val();
+        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let tensor = param.transform_for_save().val();
+        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        let tensor = param.transform_for_save().val();
+        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        self.flags
+            .push((Value::Str(self.path.text()), Value::Bool(flag.is_enabled())));
+    }
+}
+
+/// Returns the module with the tensors and flags that [`write`] wrote; parameter ids stay the module's own.
+///
+/// # Errors
+///
+/// Paths, shapes or types that are not the module's; all of them are compared before anything is replaced.
+pub fn read<M: Module>(module: M, from: &mut StateReader<'_>) -> Result<M> {
+    let trained = match from.value("trained")? {
+        Value::List(paths) => paths.iter().filter_map(text).collect(),
+        _ => BTreeSet::new(),
+    };
+    let flags = match from.value("flags")? {
+        Value::Dict(flags) => flags
+            .iter()
+            .filter_map(|(path, flag)| Some((text(path)?, matches!(flag, Value::Bool(true)))))
+            .collect(),
+        _ => HashMap::new(),
+    };
+    let mut tensors = HashMap::new();
+    for name in from.names() {
+        tensors.insert(name.to_owned(), dtype::data(from.tensor(name)?, name)?);
+    }
+    replace(module, tensors, Some((trained, flags)))
+}
+
+fn text(value: &Value) -> Option<String> {
+    if let Value::Str(text) = value {
+        Some(text.clone())
+    } else {
+        None
+    }
+}
+
+type Marks = (BTreeSet<String>, HashMap<String, bool>);
+
+/// Returns the module with these tensors, by path: each of its own, and no other.
+pub(crate) fn replace<M: Module>(
+    module: M,
+    tensors: HashMap<String, TensorData>,
+    marks: Option<Marks>,
+) -> Result<M> {
+    // What is pending would be taken over after the statistics were replaced.
+    settle(&module);
+    let mut check = Check {
+        path: Path::default(),
+        tensors: &tensors,
+        seen: BTreeSet::new(),
+        wrong: Vec::new(),
+    };
+    module.visit(&mut check);
+    let Check { seen, mut wrong, .. } = check;
+    wrong.extend(
+        tensors
+            .keys()
+            .filter(|path| !seen.contains(*path))
+            .map(|path| format!("`{path}` is not in the program")),
+    );
+    if !wrong.is_empty() {
+        wrong.sort();
+        return Err(Error::invalid(format!(
+            "the module is not the one of the checkpoint: {}",
+            wrong.join("; ")
+        )));
+    }
+    Ok(module.map(&mut Replace {
+        path: Path::default(),
+        tensors,
+        marks,
+    }))
+}
+
+struct Check<'t> {
+    path: Path,
+    tensors: &'t HashMap<String, TensorData>,
+    seen: BTreeSet<String>,
+    wrong: Vec<String>,
+}
+
+impl Check<'_> {
+    fn tensor(&mut self, shape: Shape) {
+        let path = self.path.text();
+        match self.tensors.get(&path) {
+            None => self.wrong.push(format!("`{path}` is not in the checkpoint")),
+            Some(data) if data.shape().to_vec() != shape.to_vec() => {
+                let (found, expected) = (data.shape().to_vec(), shape.to_vec());
+                self.wrong.push(format!(
+                    "`{path}` is {found:?} in the checkpoint and {expected:?} in the program"
+                ));
+            }
+            Some(_) => {}
+        }
+        self.seen.insert(path);
+    }
+}
+
+impl ModuleVisitor for Check<'_> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.0.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.0.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.tensor(param.lazy_shape());
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.tensor(param.lazy_shape());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.tensor(param.lazy_shape());
+    }
+}
+
+struct Replace {
+    path: Path,
+    tensors: HashMap<String, TensorData>,
+    marks: Option<Marks>,
+}
+
+impl Replace {
+    fn take(&mut self) -> TensorData {
+        self.tensors
+            .remove(&self.path.text())
+            .expect("each of the module's tensors was looked up before")
+    }
+}
+
+impl ModuleMapper for Replace {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.0.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.0.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (device, id, data) = (param.lazy_device(), param.id, self.take());
+        let dtype = data.dtype();
+        let param = param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id);
+        match &self.marks {
+            Some((trained, _)) if trained.contains(&self.path.text()) != param.is_require_grad() => {
+                let wanted = !param.is_require_grad();
+                param.set_require_grad(wanted)
+            }
+            _ => param,
+        }
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let (device, id, data) = (param.lazy_device(), param.id, self.take());
+        let dtype = data.dtype();
+        param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id)
+    }
+
+    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
+        let (device, id, data) = (param.lazy_device(), param.id, self.take());
+        let dtype = data.dtype();
+        param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id)
+    }
+
+    fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
+        let wanted = self
+            .marks
+            .as_ref()
+            .and_then(|(_, flags)| flags.get(&self.path.text()))
+            .copied();
+        match wanted {
+            Some(wanted) => flag.with_value(wanted),
+            None => flag,
+        }
+    }
+}
+
+/// Path of each float parameter by its id, in the module's order.
+pub(crate) fn paths<M: Module>(module: &M) -> Vec<(ParamId, String)> {
+    struct Paths(Path, Vec<(ParamId, String)>);
+    impl ModuleVisitor for Paths {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.0.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.0.0.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.push((param.id, self.0.text()));
+        }
+    }
+    let mut paths = Paths(Path::default(), Vec::new());
+    module.visit(&mut paths);
+    paths.1
+}
