@@ -376,26 +376,31 @@ pub(crate) fn sweep(directory: &Directory, survey: &Survey) -> Result<usize> {
         }
     }
     if survey.complete {
-        count += remove_packs(directory, &survey.referenced)?;
+        let garbage = unreferenced_packs(directory, &survey.referenced)?;
+        if !garbage.is_empty() {
+            // A manifest that another life removed must not come back after a power cut that its pack does not survive.
+            directory.sync_dir(CHECKPOINTS)?;
+        }
+        count += garbage.len();
+        remove_packs(directory, &garbage)?;
     }
     Ok(count)
 }
 
-/// Removes packs that are not `referenced`; the caller has seen every manifest. Returns how many went.
-fn remove_packs(directory: &Directory, referenced: &BTreeSet<String>) -> Result<usize> {
+/// Packs that are not `referenced`; the caller has seen every manifest.
+fn unreferenced_packs(directory: &Directory, referenced: &BTreeSet<String>) -> Result<Vec<String>> {
     let names = directory.list_if_there(OBJECTS)?;
-    let garbage: Vec<String> = names
+    Ok(names
         .into_iter()
         .filter(|name| is_pack_name(name) && !referenced.contains(name))
-        .collect();
-    if !garbage.is_empty() {
-        // A manifest that was removed must not come back after a power cut that its pack does not survive.
-        directory.sync_dir(CHECKPOINTS)?;
-    }
-    for name in &garbage {
-        directory.remove(&format!("{OBJECTS}/{name}"))?;
-    }
-    Ok(garbage.len())
+        .collect())
+}
+
+/// Removes packs; the caller has made sure that no manifest of theirs can come back.
+fn remove_packs(directory: &Directory, names: &[String]) -> Result<()> {
+    names
+        .iter()
+        .try_for_each(|name| directory.remove(&format!("{OBJECTS}/{name}")))
 }
 
 /// 32 hexadecimal digits that nothing else is called.

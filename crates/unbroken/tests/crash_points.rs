@@ -12,7 +12,13 @@ use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::{Best, Order, Retention};
 use world::{assert_exact, commit_with, components, files_in, open, resumed_step, shared, train};
 
-const LEFTOVERS: [Leftovers; 3] = [Leftovers::Nothing, Leftovers::Names, Leftovers::Everything];
+const LEFTOVERS: [Leftovers; 5] = [
+    Leftovers::Nothing,
+    Leftovers::Names,
+    Leftovers::NamesExcept("checkpoints"),
+    Leftovers::NamesExcept("objects"),
+    Leftovers::Everything,
+];
 
 /// A storage that dies at the `index`-th operation, and the disk below it.
 fn dying(memory: MemoryStorage) -> (MemoryStorage, FaultyStorage, Arc<dyn Storage>) {
@@ -144,6 +150,13 @@ fn a_crash_anywhere_in_a_prune_leaves_what_the_policy_keeps() {
             let pruned = run.prune(&policy, false);
             let died = faulty.operations().len() > index;
             drop(run);
+            // A kill, then a start that sweeps, then a power cut.
+            let swept = memory.fork();
+            drop(open(&shared(&swept)).unwrap());
+            let cut = swept.after_power_cut(Leftovers::NamesExcept("checkpoints"));
+            let run = open(&shared(&cut)).unwrap();
+            let not_whole = run.warnings().iter().any(|warning| warning.contains("not whole"));
+            assert!(!not_whole, "{fault:?} at operation {index}: {:?}", run.warnings());
             after_each_crash(
                 &memory,
                 &format!("{fault:?} at operation {index}"),

@@ -13,7 +13,7 @@ use unbroken::run::{Options, Run, read_checkpoint, read_journal, read_run};
 use unbroken::state::Value;
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
-use unbroken::storage::memory::MemoryStorage;
+use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::{Best, Commit, Order, Retention};
 use world::{
     FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, open, resumed_step,
@@ -79,9 +79,41 @@ fn equal_storages_are_written_once_in_a_checkpoint_across_checkpoints_and_across
 }
 
 #[test]
-fn bytes_that_were_damaged_since_are_not_relied_on_by_the_next_checkpoint() {
-    // The frozen leaf of step 1 is step 0's bytes; only those break, in a way that keeps step 1 from being resumed from.
-    // Step 0 is broken as well, so the run cannot be opened; but a running one that lost the file writes it again.
+fn equal_bytes_that_this_process_never_read_are_read_before_anything_relies_on_them() {
+    // Step 1 has other weights than step 0, so that opening reads step 1 only. Step 0's weights rot on the disk; then step 2
+    // has the very same weights again. It must be whole, so it must not refer to the rotten ones.
+    let memory = run_in_memory(1);
+    let pack = pack_of(&memory, 0);
+    let weights = world::storages(0)[1].clone();
+    let mut bytes = memory.files()[&pack].clone();
+    let at = bytes
+        .windows(weights.len())
+        .position(|window| window == weights)
+        .unwrap();
+    bytes[at] ^= 1;
+    memory.put(&pack, bytes);
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(1));
+    run.begin().unwrap();
+    run.commit(Commit {
+        step: 2,
+        phase: 0,
+        tree: leaf(0, 10),
+        storages: vec![&weights],
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+    })
+    .unwrap();
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(2));
+    assert_eq!(run.resumed_from().unwrap().read(0).unwrap(), weights);
+}
+
+#[test]
+fn packs_that_vanish_under_a_running_run_are_written_again() {
     let memory = MemoryStorage::new();
     let run = open(&shared(&memory)).unwrap();
     run.begin().unwrap();
@@ -170,7 +202,6 @@ fn an_operation_of_a_commit_that_fails_once_costs_that_commit_only() {
                 commit_at(&run, 2).unwrap_or_else(|error| panic!("{story}: {error}"));
             }
             train(&run, 3..=3).unwrap_or_else(|error| panic!("{story}: {error}"));
-            run.close().unwrap();
             assert!(
                 files_in(&memory, "tmp").is_empty(),
                 "{story}: {:?}",
@@ -178,6 +209,8 @@ fn an_operation_of_a_commit_that_fails_once_costs_that_commit_only() {
             );
             assert_eq!(files_in(&memory, "objects").len(), 4, "{story}");
             assert_eq!(files_in(&memory, "checkpoints").len(), 4, "{story}");
+            // Also after a power cut: no sync was taken for done that was not.
+            let memory = memory.after_power_cut(Leftovers::Nothing);
             let run = open(&shared(&memory)).unwrap();
             assert_eq!(resumed_step(&run), Some(3), "{story}");
             assert!(run.warnings().is_empty(), "{story}: {:?}", run.warnings());

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -151,6 +152,7 @@ impl Storage for FaultyStorage {
         Ok(Box::new(FaultyOutput {
             output,
             plan: Arc::clone(&self.plan),
+            dropped: AtomicBool::new(false),
         }))
     }
 
@@ -194,6 +196,8 @@ impl Storage for FaultyStorage {
 struct FaultyOutput {
     output: Box<dyn Output>,
     plan: Arc<Mutex<Plan>>,
+    /// Whether a sync failed. As on real systems, the next one then says that all is well, and it is not.
+    dropped: AtomicBool,
 }
 
 impl Output for FaultyOutput {
@@ -210,7 +214,17 @@ impl Output for FaultyOutput {
     }
 
     fn sync(&self) -> io::Result<()> {
-        whole(&self.plan, "sync", || self.output.sync())
+        let outcome = whole(&self.plan, "sync", || {
+            if self.dropped.load(Ordering::Relaxed) {
+                Ok(())
+            } else {
+                self.output.sync()
+            }
+        });
+        if outcome.is_err() {
+            self.dropped.store(true, Ordering::Relaxed);
+        }
+        outcome
     }
 }
 

@@ -16,6 +16,8 @@ pub enum Leftovers {
     Nothing,
     /// Names that were not synced are there, their bytes as far as synced.
     Names,
+    /// Like `Names`, except in one directory, whose names are as last synced: directories reach the disk in any order.
+    NamesExcept(&'static str),
     /// Names and bytes that were not synced are there.
     Everything,
 }
@@ -70,8 +72,17 @@ impl MemoryStorage {
     pub fn after_power_cut(&self, leftovers: Leftovers) -> Self {
         let mut content = self.content().clone();
         content.locked = false;
-        if leftovers == Leftovers::Nothing {
-            content.names = content.synced_names.clone();
+        let inside = |file: &str, dir: &str| file.rsplit_once('/').map_or("", |(parent, _)| parent) == dir;
+        match leftovers {
+            Leftovers::Nothing => content.names = content.synced_names.clone(),
+            Leftovers::NamesExcept(dir) => {
+                content.names.retain(|file, _| !inside(file, dir));
+                let synced = content.synced_names.iter().filter(|(file, _)| inside(file, dir));
+                content
+                    .names
+                    .extend(synced.map(|(file, node)| (file.clone(), *node)));
+            }
+            Leftovers::Names | Leftovers::Everything => {}
         }
         if leftovers != Leftovers::Everything {
             for node in &mut content.nodes {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Store, is_damage, remove_packs};
+use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Store, is_damage, remove_packs, unreferenced_packs};
 use crate::error::{Error, Result};
 use crate::format::manifest;
 
@@ -131,7 +131,10 @@ impl Store {
         if let Some(referenced) = self.referenced()? {
             self.places
                 .retain(|_, place| referenced.contains(&place.pack.name));
-            remove_packs(&self.directory, &referenced)?;
+            remove_packs(
+                &self.directory,
+                &unreferenced_packs(&self.directory, &referenced)?,
+            )?;
         }
         Ok(names)
     }
