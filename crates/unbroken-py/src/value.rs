@@ -263,7 +263,7 @@ fn type_name(value: &Bound<'_, PyAny>) -> String {
         .qualname()
         .map_or_else(|_| "?".to_owned(), |name| name.to_string());
     match kind.module() {
-        Ok(module) if module.to_string() != "builtins" => format!("{module}.{name}"),
+        Ok(module) if module != "builtins" => format!("{module}.{name}"),
         _ => name,
     }
 }
