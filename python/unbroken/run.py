@@ -775,7 +775,12 @@ class Run:
         self._core.event(
             "diverged",
             difference.step,
-            {"component": difference.component, "expected": difference.expected, "found": difference.found},
+            {
+                "component": difference.component,
+                "expected": difference.expected,
+                "found": difference.found,
+                "went_on": self._on_divergence == "continue",
+            },
         )
         if self._on_divergence == "stop":
             raise error

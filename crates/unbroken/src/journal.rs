@@ -15,6 +15,13 @@ use crate::store::temporary_name;
 /// Directory of the segments.
 pub(crate) const JOURNAL: &str = "journal";
 
+/// Kind of the event behind a boundary that came out otherwise than an earlier life recorded it.
+///
+/// Its field `went_on` tells whether the life went on (its records count from there, and those of earlier lives do
+/// not) or stopped (its own records from there do not count). Without it, a second attempt would be compared with the
+/// first one's error and be called identical.
+pub const DIVERGED: &str = "diverged";
+
 /// The largest segment that is read, in bytes.
 const MAX_SEGMENT: u64 = 8 << 30;
 
@@ -235,6 +242,10 @@ impl Journal {
         }
         self.lives.push(header);
         self.heads.insert(reader.head());
+        let mut stopped = false;
+        // This life's last boundary, and what it took the place of.
+        let mut last = None;
+        let mut replaced: Option<Boundary> = None;
         for entry in reader.by_ref() {
             self.heads.insert(entry.chain);
             match entry.record {
@@ -247,10 +258,17 @@ impl Journal {
                 } => {
                     let key = (step, phase);
                     self.last = self.last.max(Some(key));
+                    if stopped {
+                        continue;
+                    }
+                    last = Some(key);
+                    replaced = joined.remove(&key);
                     if after.is_some_and(|after| key <= after) {
                         continue;
                     }
-                    let mut lives = joined.remove(&key).map_or_else(Vec::new, |earlier| earlier.lives);
+                    let mut lives = replaced
+                        .as_ref()
+                        .map_or_else(Vec::new, |earlier| earlier.lives.clone());
                     lives.push(life);
                     joined.insert(
                         key,
@@ -270,6 +288,23 @@ impl Journal {
                     fields,
                     time,
                 } => {
+                    if kind == DIVERGED && !stopped {
+                        let went_on = fields
+                            .iter()
+                            .any(|(name, value)| name == "went_on" && *value == Value::Bool(true));
+                        stopped = !went_on;
+                        match (last, replaced.take()) {
+                            (Some(key), _) if went_on => {
+                                if let Some(boundary) = joined.get_mut(&key) {
+                                    boundary.lives = vec![life];
+                                }
+                                joined.retain(|other, boundary| *other <= key || boundary.lives == [life]);
+                            }
+                            (Some(key), Some(earlier)) => drop(joined.insert(key, earlier)),
+                            (Some(key), None) => drop(joined.remove(&key)),
+                            (None, _) => {}
+                        }
+                    }
                     self.events.push(Event {
                         life,
                         kind,

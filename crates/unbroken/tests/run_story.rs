@@ -142,6 +142,76 @@ fn a_killed_life_is_compared_with_the_next_one_step_by_step() {
     assert!(journal.warnings.is_empty(), "{:?}", journal.warnings);
 }
 
+fn other_components(step: u64) -> Vec<(String, Component)> {
+    let mut other = components(step);
+    other[1].1 = Component::Float(7.5f64.to_bits());
+    other
+}
+
+fn diverge(run: &Run, step: u64, went_on: bool) {
+    let difference = run.record(step, 0, 0, step, other_components(step)).unwrap();
+    assert!(difference.is_some(), "step {step} came out otherwise");
+    let fields = vec![("went_on".to_owned(), Value::Bool(went_on))];
+    run.event(unbroken::journal::DIVERGED, step, fields).unwrap();
+}
+
+#[test]
+fn a_life_that_stopped_at_a_difference_is_not_what_the_next_one_is_compared_with() {
+    // Life 1 commits step 2 and records up to 5. Life 2 executes 4 differently and stops. Life 3 does the same again:
+    // compared with life 2 it would be called identical.
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=2).unwrap();
+    for step in 3..=5 {
+        run.record(step, 0, 0, step, components(step)).unwrap();
+    }
+    drop(run);
+    for _ in 2..=3 {
+        let run = open(&shared(&memory)).unwrap();
+        assert_eq!(run.recorded_until(), 5);
+        run.begin().unwrap();
+        assert_eq!(run.record(3, 0, 0, 3, components(3)).unwrap(), None);
+        diverge(&run, 4, false);
+        drop(run);
+    }
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    for step in 3..=5 {
+        assert_eq!(run.record(step, 0, 0, step, components(step)).unwrap(), None);
+    }
+}
+
+#[test]
+fn a_life_that_went_on_from_a_difference_is_what_the_next_one_is_compared_with() {
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=2).unwrap();
+    for step in 3..=6 {
+        run.record(step, 0, 0, step, components(step)).unwrap();
+    }
+    drop(run);
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    diverge(&run, 3, true);
+    run.record(4, 0, 0, 4, other_components(4)).unwrap();
+    drop(run);
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(
+        run.recorded_until(),
+        4,
+        "what life 1 recorded behind the difference is another story"
+    );
+    run.begin().unwrap();
+    for step in 3..=4 {
+        assert_eq!(
+            run.record(step, 0, 0, step, other_components(step)).unwrap(),
+            None
+        );
+    }
+}
+
 #[test]
 fn components_that_are_missing_extra_or_moved_are_differences() {
     let given = |names: &[&str]| -> Vec<(String, Component)> {
