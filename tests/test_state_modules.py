@@ -504,6 +504,7 @@ BUILTIN: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", BUILTIN)
 def test_torchs_own_modules_come_back(name: str) -> None:
     torch.manual_seed(1)
@@ -518,3 +519,39 @@ def test_an_allowed_change_of_structure_leaves_the_programs_part_as_it_is() -> N
     live = with_sgd(nn.Sequential(nn.Linear(2, 2)))
     restore(live, memory, allow=lambda name: True)
     assert len(live["optimizer"].param_groups[0]["params"]) == 2
+
+
+class Sharing(nn.Module):
+    """Two lists that are one at construction and part in training, and two that become one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one: list[int] = [0]
+        self.other = self.one
+        self.left: list[int] = []
+        self.right: list[int] = []
+
+    def train_on(self) -> None:
+        self.other = [7]
+        self.one.append(1)
+        self.right = self.left
+        self.left.append(5)
+
+
+def test_containers_that_parted_or_joined_in_training_stay_so() -> None:
+    model, other = Sharing(), Sharing()
+    model.train_on()
+    restore({"model": other}, save({"model": model}))
+    assert (other.one, other.other, other.left) == ([0, 1], [7], [5])
+    assert other.right is other.left
+
+
+def test_an_attribute_tensor_that_became_a_view_of_a_parameter_is_one_again() -> None:
+    model, other = Holding(None), Holding(None)
+    model.fc, other.fc = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.held = model.fc.weight.detach()[1:]
+    restore({"model": other}, save({"model": model}))
+    with torch.no_grad():
+        other.fc.weight.fill_(3)
+    assert isinstance(other.held, torch.Tensor)
+    assert torch.equal(other.held, torch.full((3, 4), 3.0))
