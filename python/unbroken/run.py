@@ -755,7 +755,7 @@ class Run:
         self._log = []
         place = self._place
         difference = self._core.record(self.step, phase, place.epoch, place.position, components)
-        if difference is not None:
+        if difference is not None and not self._has_diverged:
             self._diverged(difference)
         if self.step <= self._core.recorded_until and not self._has_diverged:
             if self._replayed_from is None:
