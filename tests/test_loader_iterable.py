@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unbroken.errors import NotExact
 from unbroken.torch.data import Session
+from unbroken.torch.data.iterable import way_of
 
 
 class Lines(IterableDataset):
@@ -139,6 +140,13 @@ def test_a_break_in_mid_epoch_is_part_of_the_run(name):
     trace = wrapped(MAKERS[name], 2, breaks)
     check_same_as_plain(MAKERS[name], trace, epochs=2, breaks=breaks)
     check_exact(MAKERS[name], trace, epochs=2, breaks=breaks)
+
+
+def test_a_state_is_used_only_where_it_is_exact():
+    assert way_of(Lines()) == "replay"
+    assert way_of(Stateful()) == "state"
+    assert way_of(plain_stream()) == "state"
+    assert way_of(shuffled_stream()) == "replay"
 
 
 def test_persistent_workers_are_refused_by_name():

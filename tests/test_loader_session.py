@@ -35,7 +35,7 @@ def open_session(loader: Any, mode: Any = "native") -> Session:
 
 def test_loaders_of_another_kind_are_refused_by_name():
     class Endless(DataLoader):
-        def __iter__(self):
+        def __iter__(self) -> Any:
             while True:
                 yield from super().__iter__()
 
@@ -269,10 +269,10 @@ def test_state_of_the_users_objects_is_kept(name):
     check_exact(OWNERS[name], trace, epochs=2)
 
 
-def make_pair() -> tuple[DataLoader, DataLoader]:
+def pair_of_sessions() -> tuple[Session, Session]:
     first = DataLoader(Items(), batch_size=4, shuffle=True, num_workers=1)
     second = DataLoader(Items(14), batch_size=2, shuffle=True)
-    return first, second
+    return open_session(first), open_session(second)
 
 
 def interleave(sessions: tuple[Session, Session], steps: range, opened: bool) -> list[Any]:
@@ -296,15 +296,13 @@ def interleave(sessions: tuple[Session, Session], steps: range, opened: bool) ->
 @pytest.mark.parametrize("at", [1, 2, 4, 5])
 def test_two_interleaved_loaders_resume_without_moving_each_other(at):
     seed_everything()
-    sessions = tuple(
-        Session(loader, name=str(i), mode="native", seed=3) for i, loader in enumerate(make_pair())
-    )
+    sessions = pair_of_sessions()
     interleave(sessions, range(at), False)
     kept = _core.encode({"sessions": [session.state() for session in sessions], "generators": rng.capture()})
     expected = interleave(sessions, range(at, 6), True)
 
     disturb()
-    again = tuple(Session(loader, name=str(i), mode="native", seed=3) for i, loader in enumerate(make_pair()))
+    again = pair_of_sessions()
     state = _core.decode(kept)
     for session, part in zip(again, state["sessions"], strict=True):
         session.restore(part)

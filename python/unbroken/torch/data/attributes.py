@@ -93,6 +93,7 @@ class Owned:
         self._roots = dict(roots)
         self._skip = {id(obj) for obj in skip}
         self._array_bytes = array_bytes
+        self._nodes_left = NODES
         self._arrays: dict[str, tuple[int, int, bytes]] = {}
         self._hooks = {name: obj for name, obj in self._roots.items() if hooks and has_state_hook(obj)}
         self._warned: set[str] = set()
@@ -100,6 +101,10 @@ class Owned:
         leaves = list(self._walk())
         self._baseline = {leaf.path: self._token(leaf) for leaf in leaves if not leaf.is_generator}
         self._is_empty = not leaves and not self._hooks
+        if self._nodes_left <= 0:
+            notices.warn(
+                f"`{'`, `'.join(self._roots)}` hold more than {NODES} objects: what the later ones own is not kept"
+            )
 
     def generators(self) -> list[Any]:
         """Return the owned generator objects, in the order of their paths' discovery."""
@@ -262,9 +267,9 @@ class Owned:
 
     def _walk(self, holders: dict[str, Any] | None = None) -> Iterator[Leaf]:
         seen = set(self._skip)
-        budget = [NODES]
+        self._nodes_left = NODES
         for name, root in self._roots.items():
-            yield from self._visit(name, None, None, root, 0, seen, budget, holders)
+            yield from self._visit(name, None, None, root, 0, seen, holders)
 
     def _visit(
         self,
@@ -274,7 +279,6 @@ class Owned:
         value: Any,
         depth: int,
         seen: set[int],
-        budget: list[int],
         holders: dict[str, Any] | None,
     ) -> Iterator[Leaf]:
         kind = type(value)
@@ -282,10 +286,10 @@ class Owned:
             if holder is not None:
                 yield Leaf(path, holder, key, value, False)
             return
-        if id(value) in seen or budget[0] <= 0 or depth > DEPTH:
+        if id(value) in seen or self._nodes_left <= 0 or depth > DEPTH:
             return
         seen.add(id(value))
-        budget[0] -= 1
+        self._nodes_left -= 1
         if rng.is_generator(value):
             yield Leaf(path, holder, key, value, True)
             return
@@ -304,9 +308,7 @@ class Owned:
         quiet = path in self._hooks
         for part_key, part in parts:
             name = part_key.replace("/", "~") if isinstance(part_key, str) else repr(part_key)
-            for leaf in self._visit(
-                f"{path}/{name}", value, part_key, part, depth + 1, seen, budget, holders
-            ):
+            for leaf in self._visit(f"{path}/{name}", value, part_key, part, depth + 1, seen, holders):
                 if leaf.is_generator or not quiet:
                     yield leaf
 

@@ -29,12 +29,7 @@ _EXACT_STAGES = {
     "ArrowExamplesIterable",
     "ExamplesIterable",
     "FilteredExamplesIterable",
-    "FormattedExamplesIterable",
     "MappedExamplesIterable",
-    "RebatchedArrowExamplesIterable",
-    "SelectColumnsIterable",
-    "SkipExamplesIterable",
-    "TakeExamplesIterable",
 }
 """Stages of a Hugging Face stream whose saved state was seen to be exact."""
 

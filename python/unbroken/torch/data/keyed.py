@@ -160,11 +160,12 @@ class KeyedMap:
             "epoch": self._epoch,
             "samples": self._samples,
             "sampler": None if self._recorder is None else self._recorder.state(is_open=is_open),
-            "owned": Captured({}, self._owned.capture().values, {}).to_value(),
+            "owned": self._owned.capture()._replace(generators={}).to_value(),
         }
 
     def settle(self, state: Value) -> None:
         """Take over a state between epochs."""
+        self._owned.install(Captured.from_value(state["owned"]), unless_set=True)
         if self._recorder is not None:
             self._recorder.settle(state["sampler"])
 

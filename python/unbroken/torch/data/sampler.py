@@ -157,7 +157,9 @@ class Recorder:
         leaf = leaf_sampler(sampler)
         self._own = is_torchs_own(sampler)
         self._stateful = next((s for s in (sampler, leaf) if has_state_hook(s)), None)
-        holder = {} if type(sampler) in (list, tuple, range) else {"sampler": leaf}
+        holder: dict[str, Any] = {} if type(sampler) in (list, tuple, range) else {"sampler": leaf}
+        if sampler is not leaf:
+            holder["batch_sampler"] = sampler
         skip = (dataset, self._stateful) if self._stateful is not None else (dataset,)
         self.owned = owned or Owned(holder, skip=skip, array_bytes=LOG_BYTES)
         self._swap = Swap(self.owned) if keyed else None
