@@ -161,7 +161,8 @@ fn restored(situation: &Situation) -> Option<Cause> {
 /// Names the likely cause of one leaf not being what its checkpoint says.
 pub fn leaf_cause(leaf: &Leaf) -> Option<Cause> {
     let path = leaf.path.as_str();
-    let part = |name: &str| path.split('/').any(|part| part == name);
+    // Names of parameters and buffers have parts of their own: `1.running_mean`.
+    let part = |name: &str| path.split(['/', '.']).any(|part| part == name);
     let under = |name: &str| path.split('/').any(|part| part.to_lowercase().contains(name));
     let pattern = match &leaf.change {
         Change::Elements { elements, .. } => elements.pattern,
