@@ -1,0 +1,445 @@
+//! Burn's objects through a run and back, in one process: a life that is cut short is a `Training` dropped in the middle.
+//!
+//! Touches: temporary directories; Burn's generator, which the whole process shares, so these tests take turns.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+use burn::lr_scheduler::LrSchedulerConfig;
+use burn::lr_scheduler::composed::ComposedLrSchedulerConfig;
+use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
+use burn::lr_scheduler::exponential::ExponentialLrSchedulerConfig;
+use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
+use burn::lr_scheduler::module_lr_scheduler::{ModuleLrScheduler, ModuleLrSchedulerConfig};
+use burn::lr_scheduler::noam::NoamLrSchedulerConfig;
+use burn::lr_scheduler::step::StepLrSchedulerConfig;
+use burn::module::{Module, Param};
+use burn::nn::{BatchNorm, BatchNormConfig, Dropout, DropoutConfig, Linear, LinearConfig};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{
+    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams, LBFGS, LBFGSConfig,
+    LambConfig, LionConfig, ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
+};
+use burn::tensor::{Device, Tensor};
+use unbroken::journal::Boundary;
+use unbroken::run::read_journal;
+use unbroken::train::{
+    Failure, Level, Loader, Options, Policy, Sample, Source, StateReader, StateWriter, Stateful, Training,
+};
+use unbroken::{Error, Result};
+use unbroken_burn::{DeviceGenerator, Trained, module, optimizer};
+
+/// Burn has one generator for the whole process: tests that run side by side would draw from each other's.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+struct Numbers;
+
+impl Source for Numbers {
+    type Item = [f32; 4];
+
+    fn len(&self) -> u64 {
+        24
+    }
+
+    fn at(&self, sample: &Sample) -> std::result::Result<[f32; 4], Failure> {
+        let mut draws = sample.draws();
+        Ok(std::array::from_fn(|place| {
+            sample.index as f32 / 24.0 + place as f32 * 0.1 + draws.uniform() as f32
+        }))
+    }
+}
+
+#[derive(Module, Debug)]
+struct Net {
+    first: Linear,
+    norm: BatchNorm,
+    dropout: Dropout,
+    last: Linear,
+}
+
+impl Net {
+    fn new(device: &Device) -> Net {
+        Net {
+            first: LinearConfig::new(4, 8).with_bias(false).init(device),
+            norm: BatchNormConfig::new(8).init(device),
+            dropout: DropoutConfig::new(0.4).init(),
+            last: LinearConfig::new(8, 2).init(device),
+        }
+    }
+
+    fn loss(&self, batch: &[[f32; 4]], device: &Device) -> Tensor<1> {
+        let input = Tensor::<1>::from_floats(batch.as_flattened(), device).reshape([batch.len(), 4]);
+        let hidden = self.dropout.forward(self.norm.forward(self.first.forward(input)));
+        self.last.forward(hidden).powi_scalar(2).mean()
+    }
+}
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+fn options(path: &Path) -> Options {
+    plain_options(path).generator("device", DeviceGenerator::new(&device()))
+}
+
+fn plain_options(path: &Path) -> Options {
+    let policy = Policy::every_steps(4).not_at_epoch_ends();
+    Training::at(path)
+        .seed(5)
+        .epochs(2)
+        .policy(policy)
+        .journal(Level::Full)
+        .leave_signals_alone()
+}
+
+/// What a program trains, and how it takes a step.
+trait Program: Stateful {
+    fn train(&mut self, batch: &[[f32; 4]]) -> f32;
+}
+
+impl Program for Trained<Net> {
+    fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+        let loss = self.model.loss(batch, &device());
+        let number = loss.clone().into_scalar::<f32>();
+        self.step(loss.backward());
+        number
+    }
+}
+
+/// One life: twelve steps in two epochs, or `until` one of them.
+fn live(options: Options, mut program: impl Program, until: u64) -> Result<()> {
+    let mut loader = Loader::new(Numbers, 4).shuffled().workers(2);
+    let mut training = options.start(&mut program)?;
+    while training.next_epoch(&mut program)?.is_some() {
+        while let Some(mut step) = training.next_step(&mut loader)? {
+            let loss = program.train(&step.take());
+            step.log("loss", loss.into());
+            step.commit(&mut program)?;
+            if training.step() == until {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn records(path: &Path) -> Vec<Boundary> {
+    let mut boundaries = read_journal(path).unwrap().boundaries;
+    boundaries.iter_mut().for_each(|boundary| boundary.lives.clear());
+    boundaries
+}
+
+/// Asserts that a program cut short after step 6, two past its checkpoint, comes out as one that was left alone.
+fn assert_exact<P: Program>(said: &str, make: impl Fn() -> P) {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let (reference, cut) = (home.path().join("reference"), home.path().join("cut"));
+    live(options(&reference), make(), u64::MAX).unwrap();
+    live(options(&cut), make(), 6).unwrap();
+    live(options(&cut), make(), u64::MAX).unwrap_or_else(|error| panic!("{said}: {error}"));
+    let (expected, found) = (records(&reference), records(&cut));
+    assert_eq!(expected.len(), 14, "{said}");
+    assert_eq!(expected, found, "{said}");
+}
+
+#[test]
+fn every_optimizer_comes_back_as_it_was() {
+    let momentum = || Some(MomentumConfig::new());
+    let optimizers: Vec<(&str, fn() -> ModuleOptimizer)> = vec![
+        ("Adam", || AdamConfig::new().init()),
+        ("Adam, amsgrad", || AdamConfig::new().with_amsgrad(true).init()),
+        ("AdamW", || AdamWConfig::new().init()),
+        ("AdaGrad", || AdaGradConfig::new().init()),
+        ("Adafactor", || AdafactorConfig::new().init()),
+        ("Adan", || AdanConfig::new().init()),
+        ("Lamb", || LambConfig::new().init()),
+        ("Lion", || LionConfig::new().init()),
+        ("RMSprop", || RmsPropConfig::new().with_centered(true).init()),
+        ("SGD", || SgdConfig::new().init()),
+    ];
+    for (name, make) in optimizers {
+        assert_exact(name, || Trained::new(Net::new(&device()), make(), 0.01));
+    }
+    let with_momentum = || SgdConfig::new().with_momentum(momentum()).init();
+    assert_exact("SGD, momentum", || {
+        Trained::new(Net::new(&device()), with_momentum(), 0.01)
+    });
+}
+
+/// Muon is for matrices only.
+#[test]
+fn muon_comes_back_as_it_was() {
+    #[derive(Module, Debug)]
+    struct Flat {
+        weight: Linear,
+    }
+    impl Program for Trained<Flat> {
+        fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+            let input = Tensor::<1>::from_floats(batch.as_flattened(), &device()).reshape([batch.len(), 4]);
+            let loss = self.model.weight.forward(input).powi_scalar(2).mean();
+            let number = loss.clone().into_scalar::<f32>();
+            self.step(loss.backward());
+            number
+        }
+    }
+    let flat = || Flat {
+        weight: LinearConfig::new(4, 4).with_bias(false).init(&device()),
+    };
+    assert_exact("Muon", || Trained::new(flat(), MuonConfig::new().init(), 0.01));
+}
+
+#[test]
+fn lbfgs_comes_back_as_it_was() {
+    struct Second {
+        model: Linear,
+        optimizer: LBFGS,
+    }
+    impl Stateful for Second {
+        fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+            out.scope("model", |out| module::write(&self.model, out))?;
+            out.scope("optimizer", |out| optimizer::write_lbfgs(&self.optimizer, out))
+        }
+        fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
+            self.model = from.scope("model", |from| module::read(self.model.clone(), from))?;
+            self.optimizer = from.scope("optimizer", |from| {
+                optimizer::read_lbfgs(self.optimizer.clone(), from)
+            })?;
+            Ok(())
+        }
+    }
+    impl Program for Second {
+        fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+            let input = Tensor::<1>::from_floats(batch.as_flattened(), &device()).reshape([batch.len(), 4]);
+            let (model, loss) = self.optimizer.step(0.1, self.model.clone(), |model: Linear| {
+                let loss = (model.forward(input.clone()) - 1.0).powi_scalar(2).mean();
+                let number = loss.clone().into_scalar::<f32>();
+                (
+                    f64::from(number),
+                    GradientsParams::from_grads(loss.backward(), &model),
+                )
+            });
+            self.model = model;
+            loss as f32
+        }
+    }
+    let config = LBFGSConfig::new().with_max_iter(3).with_history_size(4);
+    assert_exact("L-BFGS", || Second {
+        model: LinearConfig::new(4, 2).init(&device()),
+        optimizer: config.init(),
+    });
+}
+
+#[test]
+fn every_scheduler_comes_back_as_it_was() {
+    let schedulers: Vec<(&str, LrSchedulerConfig)> = vec![
+        ("constant", 0.01.into()),
+        ("linear", LinearLrSchedulerConfig::new(0.1, 0.01, 9).into()),
+        ("cosine", CosineAnnealingLrSchedulerConfig::new(0.1, 9).into()),
+        ("exponential", ExponentialLrSchedulerConfig::new(0.1, 0.9).into()),
+        (
+            "noam",
+            NoamLrSchedulerConfig::new(0.5).with_warmup_steps(4).into(),
+        ),
+        ("step", StepLrSchedulerConfig::new(0.1, 3).into()),
+        (
+            "composed",
+            ComposedLrSchedulerConfig::new()
+                .linear(LinearLrSchedulerConfig::new(0.1, 0.5, 5))
+                .cosine(CosineAnnealingLrSchedulerConfig::new(0.5, 9))
+                .into(),
+        ),
+    ];
+    for (name, config) in schedulers {
+        let scheduler =
+            || -> ModuleLrScheduler { ModuleLrSchedulerConfig::new(config.clone()).init().unwrap() };
+        assert_exact(name, || {
+            Trained::new(Net::new(&device()), SgdConfig::new().init(), scheduler())
+        });
+    }
+}
+
+/// Step 6 of windows of 4 steps: half a window's gradients are in the checkpoint of step 4's successor. Windows of 3
+/// leave one step's gradients in the checkpoint itself.
+#[test]
+fn gradients_that_wait_for_an_update_come_back() {
+    for window in [3, 4, 5] {
+        let make = || Trained::new(Net::new(&device()), AdamWConfig::new().init(), 0.01).accumulating(window);
+        assert_exact(&format!("windows of {window}"), make);
+    }
+}
+
+/// A layer is frozen in the second life's checkpointed past: what is trained is state.
+#[test]
+fn a_layer_frozen_during_training_stays_frozen() {
+    struct Freezing(Trained<Net>, i64);
+    impl Stateful for Freezing {
+        fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+            out.value("steps", self.1)?;
+            self.0.state(out)
+        }
+        fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
+            self.1 = from.int("steps")?;
+            self.0.restore(from)
+        }
+    }
+    impl Program for Freezing {
+        fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+            self.1 += 1;
+            if self.1 == 3 {
+                self.0.model.norm = self.0.model.norm.clone().freeze();
+            }
+            self.0.train(batch)
+        }
+    }
+    let make = || {
+        Freezing(
+            Trained::new(Net::new(&device()), AdamWConfig::new().init(), 0.01),
+            0,
+        )
+    };
+    assert_exact("frozen", make);
+}
+
+/// Trains and saves like [`Trained`], but for one fault.
+struct Faulty {
+    trained: Trained<Net>,
+    settled: bool,
+}
+
+impl Stateful for Faulty {
+    fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+        if self.settled {
+            module::settle(&self.trained.model);
+        }
+        let Trained { model, optimizer, .. } = &self.trained;
+        out.scope("model", |out| module::write(model, out))?;
+        out.scope("optimizer", |out| optimizer::write(optimizer, model, out))
+    }
+
+    fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
+        let Trained { model, optimizer, .. } = &mut self.trained;
+        *model = from.scope("model", |from| module::read(model.clone(), from))?;
+        *optimizer = from.scope("optimizer", |from| {
+            optimizer::read(optimizer.clone(), model, from)
+        })?;
+        Ok(())
+    }
+}
+
+impl Program for Faulty {
+    fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+        self.trained.train(batch)
+    }
+}
+
+fn faulty(settled: bool) -> Faulty {
+    Faulty {
+        trained: Trained::new(Net::new(&device()), AdamWConfig::new().init(), 0.01),
+        settled,
+    }
+}
+
+/// The first step and component that the journal names when a run is cut short after step 6 and goes on from 4.
+fn named(options: impl Fn(&Path) -> Options, settled: bool) -> Option<(u64, String)> {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("run");
+    live(options(&path), faulty(settled), 6).unwrap();
+    match live(options(&path), faulty(settled), u64::MAX) {
+        Ok(()) => None,
+        Err(Error::Diverged { step, component, .. }) => Some((step, component)),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn without_a_fault_the_journal_names_nothing() {
+    assert_eq!(named(options, true), None);
+}
+
+/// Dropout after a resume draws what a new process draws.
+#[test]
+fn without_keys_for_the_device_the_journal_names_the_loss_of_the_first_step() {
+    assert_eq!(named(plain_options, true), Some((5, "log/loss".to_owned())));
+}
+
+/// The loss cannot show it: training uses a batch's own statistics. The running ones are an update behind from the
+/// resume on, for ever, and the model is worse than it was.
+#[test]
+fn without_the_cure_for_running_statistics_the_journal_names_the_model() {
+    assert_eq!(named(options, false), Some((5, "state/model".to_owned())));
+}
+
+#[test]
+fn burns_own_records_are_an_update_behind_and_ours_are_not() {
+    let _turn = turn();
+    let device = device();
+    device.seed(1);
+    let net = Net::new(&device);
+    let mean = |net: &Net| {
+        let bytes = net.clone().into_record().into_bytes().unwrap();
+        let tensors = burn_pack::Reader::from_bytes(bytes)
+            .unwrap()
+            .into_tensors()
+            .unwrap();
+        let tensor = tensors
+            .iter()
+            .find(|tensor| tensor.name == "norm.running_mean")
+            .unwrap();
+        tensor.to_bytes().unwrap().to_vec()
+    };
+    let fresh = mean(&net);
+    net.loss(&[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]], &device);
+    assert_eq!(
+        mean(&net),
+        fresh,
+        "Burn has changed: `settle` may not be needed any more"
+    );
+    module::settle(&net);
+    assert_ne!(mean(&net), fresh);
+}
+
+#[test]
+fn another_module_and_another_optimizer_are_refused_by_name() {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("run");
+    let trained = |optimizer: ModuleOptimizer| Trained::new(Net::new(&device()), optimizer, 0.01);
+    live(options(&path), trained(AdamWConfig::new().init()), 6).unwrap();
+
+    let mut wider = trained(AdamWConfig::new().init());
+    wider.model.last = LinearConfig::new(8, 3).init(&device());
+    let error = live(options(&path), wider, 9).unwrap_err().to_string();
+    assert!(
+        error.contains("`last.weight` is [8, 2] in the checkpoint and [8, 3] in the program"),
+        "{error}"
+    );
+
+    let mut shorter = trained(AdamWConfig::new().init());
+    shorter.model.last.bias = None;
+    let error = live(options(&path), shorter, 9).unwrap_err().to_string();
+    assert!(error.contains("`last.bias` is not in the program"), "{error}");
+
+    let error = live(options(&path), trained(SgdConfig::new().init()), 9)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("the optimizer took 0 of"), "{error}");
+}
+
+#[test]
+fn two_processes_make_the_same_parameters_from_the_seed_of_the_run() {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let weights = |name: &str, drawn_before: u64| {
+        device().seed(drawn_before);
+        let path = home.path().join(name);
+        let mut trained = Trained::new(Net::new(&device()), AdamWConfig::new().init(), 0.01);
+        drop(options(&path).start(&mut trained).unwrap());
+        let first: &Param<Tensor<2>> = &trained.model.first.weight;
+        first.val().into_data().into_parts().0.to_vec()
+    };
+    assert_eq!(weights("a", 1), weights("b", 2));
+}
