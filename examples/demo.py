@@ -117,14 +117,15 @@ class Life:
         return code
 
     def said(self, words: str) -> str | None:
-        """Return what a line says from these words on."""
-        return next((line[line.index(words) :] for line in list(self.lines) if words in line), None)
+        """Return the first line with these words, as the run said it."""
+        return next((line.removeprefix("unbroken: ") for line in list(self.lines) if words in line), None)
 
 
 def report(life: Life, terminal: Terminal) -> None:
     if resumed := life.said("resumed "):
-        terminal.say("resumed", resumed.removeprefix("resumed "))
-    if verified := life.said("steps "):
+        _, _, where = resumed.partition(" at ")
+        terminal.say("resumed", f"at {where.partition(' from checkpoint')[0]}")
+    if verified := life.said("executed again"):
         terminal.say("verified", verified)
 
 
@@ -173,7 +174,7 @@ def demonstrate(training: Training, home: Path, chance: random.Random, terminal:
     command = [sys.executable, "-m", "unbroken", "diff", str(whole), str(broken)]
     verdict = subprocess.run(command, capture_output=True, text=True, check=False)
     exact = verdict.returncode == 0
-    words = (verdict.stdout + verdict.stderr).strip().splitlines()
+    words = (verdict.stdout + verdict.stderr).replace(f"{home}/", "").strip().splitlines()
     terminal.say("exact" if exact else "DIFFERS", words[0] if words else "no verdict")
     for line in words[1:]:
         terminal.say("", line)

@@ -69,6 +69,8 @@ def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
 
 
 def main() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
     torch.manual_seed(SEED)
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     images = images.reshape(-1, 8, 8)

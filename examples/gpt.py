@@ -7,9 +7,11 @@ piece of state that has to survive.
     python examples/gpt.py runs/gpt [steps per epoch]
 """
 
+import random
 import sys
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -97,6 +99,8 @@ def sample(net: Gpt, alphabet: list[str], length: int) -> str:
 
 
 def main() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
     torch.manual_seed(SEED)
     blocks = Blocks("".join(topics.values()))
     sampler = torch.utils.data.RandomSampler(
