@@ -439,6 +439,7 @@ class Run:
             )
         if checkpoint is None:
             self._commit(_IN_EPOCH)
+            self._proof.reached("saved:0")
             return
         self._say_resumed(checkpoint)
         if self._place.in_loop:

@@ -33,6 +33,10 @@ pub(crate) enum Command {
     Export(Export),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
+    /// Write a small file that says what a run was
+    Certify(crate::certify::Certify),
+    /// Check a run against its certificate
+    Check(crate::certify::Check),
     /// Find where two runs part, the leaves that differ there, and the likely cause
     Explain(crate::explain::Explain),
     /// Run a program uninterrupted and killed in many ways: does it make a difference?

@@ -5,6 +5,7 @@
 
 mod answer;
 mod arguments;
+mod certify;
 mod diff;
 mod explain;
 mod export;
@@ -56,6 +57,8 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Log(command) => log::run(command, &mut streams),
         Command::Diff(command) => diff::run(command, &mut streams),
         Command::Verify(command) => verify::run(command, &mut streams),
+        Command::Certify(command) => certify::issue(command, &mut streams),
+        Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),

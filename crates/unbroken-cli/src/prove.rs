@@ -193,6 +193,9 @@ struct Report {
 impl Proof {
     fn make(&mut self, kills: usize, seed: u64) -> Result<Report, Failure> {
         let started = Instant::now();
+        self.progress
+            .say("starting the program, for the state that all trials begin with");
+        self.make_start()?;
         self.progress.say("running the program uninterrupted, twice");
         let none = Trial { stops: Vec::new() };
         let pair = self.each(&["uninterrupted-1", "uninterrupted-2"], |name| {
@@ -204,18 +207,14 @@ impl Proof {
                 .as_ref()
                 .map_err(|error| io_failure("run the program in", &self.directory, error))?;
             if let Some(why) = &outcome.broke {
-                return Err(Failure::new(format!(
-                    "the program does not run to its end uninterrupted: {why}"
-                ))
-                .hint(format!("what it printed is in {}", self.directory.display())));
+                return Err(self.broken(why));
             }
             expected.push(self.read(&outcome.directory)?);
         }
         let (reference, again) = (expected.remove(0), expected.remove(0));
         let boundaries: usize = reference.iter().map(|run| run.journal.boundaries.len()).sum();
         let Some(first) = reference.first().filter(|_| boundaries > 0) else {
-            return Err(Failure::new("the program recorded no step of an unbroken.Run")
-                .hint("prove watches programs whose loop goes through unbroken.Run"));
+            return Err(self.no_steps());
         };
         let mut report = Report {
             boundaries,
@@ -268,6 +267,38 @@ impl Proof {
         Ok(report)
     }
 
+    /// Makes the run, up to its checkpoint of step 0. Every trial goes on from a copy of it: what the program left
+    /// unseeded is the same for all of them then, as it is for all lives of one run.
+    fn make_start(&self) -> Result<(), Failure> {
+        let stop = Stop::KillAt {
+            point: "saved:0".to_owned(),
+            delay_ms: 0.0,
+        };
+        let life = self
+            .program
+            .live(&self.directory.join(START), 1, Some(&stop), "")
+            .map_err(|error| io_failure("run the program in", &self.directory, &error))?;
+        match &life.end {
+            End::Killed => Ok(()),
+            End::Failed(how) => Err(self.broken(&format!("it ended with {how}: {}", last_words(&life.log)))),
+            End::Finished | End::Stopped(_) | End::TimedOut => Err(self.no_steps()),
+        }
+    }
+
+    fn broken(&self, why: &str) -> Failure {
+        Failure::new(format!(
+            "the program does not run to its end uninterrupted: {why}"
+        ))
+        .hint(format!("what it printed is in {}", self.directory.display()))
+    }
+
+    fn no_steps(&self) -> Failure {
+        Failure::new("the program recorded no step of an unbroken.Run").hint(format!(
+            "prove watches programs whose loop goes through unbroken.Run; what it printed is in {}",
+            self.directory.display()
+        ))
+    }
+
     /// Does something for each item, as many at a time as there are jobs; results come in the items' order.
     fn each<I: Sync, R: Send>(&self, items: &[I], work: impl Fn(&I) -> R + Sync) -> Vec<R> {
         let queue: Mutex<VecDeque<usize>> = Mutex::new((0..items.len()).collect());
@@ -296,6 +327,7 @@ impl Proof {
     /// Runs the program with its stops and then to its end.
     fn perform(&self, name: &str, trial: &Trial, save: &str) -> io::Result<Performed> {
         let directory = self.directory.join(name);
+        copy_tree(&self.directory.join(START).join("runs"), &directory.join("runs"))?;
         let mut performed = Performed {
             directory,
             lives: Vec::new(),
@@ -373,7 +405,8 @@ impl Proof {
             self.program.steps,
         )?;
         let mut stops = Vec::new();
-        for (life, next) in found.journal.lives.iter().zip(found.journal.lives.iter().skip(1)) {
+        let lives = || found.journal.lives.iter().filter(|life| life.life > 1);
+        for (life, next) in lives().zip(lives().skip(1)) {
             let recorded = found
                 .journal
                 .boundaries
@@ -428,6 +461,24 @@ impl Proof {
         }
         Ok(judge::look_closer(difference, &directories[0], &directories[1])?)
     }
+}
+
+/// The directory in which the run is made that all trials go on from.
+const START: &str = "start";
+
+/// Copies a directory of runs. Nothing writes to it meanwhile.
+fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), &target)?;
+        }
+    }
+    Ok(())
 }
 
 /// What running the program, stops and all, came to.

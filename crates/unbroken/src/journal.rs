@@ -330,6 +330,66 @@ impl Journal {
     }
 }
 
+/// One life's segment, as it is on disk: the chain that its records make.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) header: SegmentHeader,
+    /// Chain hash that the first record continues.
+    pub(crate) start: Digest,
+    /// (step, chain hash up to and including it) of each whole record.
+    pub(crate) records: Vec<(u64, Digest)>,
+    /// What is wrong with what follows, if something is.
+    pub(crate) damage: Option<String>,
+}
+
+/// Reads the segments of all lives one by one, in order; those without a readable header by what is wrong with them.
+pub(crate) fn segments(directory: &Directory) -> Result<(Vec<Segment>, Vec<String>)> {
+    let (mut segments, mut unreadable) = (Vec::new(), Vec::new());
+    let mut newest = BTreeMap::new();
+    for (life, part) in directory
+        .list_if_there(JOURNAL)?
+        .iter()
+        .filter_map(|name| parse_segment_name(name))
+    {
+        let highest = newest.entry(life).or_insert(part);
+        *highest = part.max(*highest);
+    }
+    for (life, part) in newest {
+        let name = segment_name(life, part);
+        let bytes = directory.read_all(&name, MAX_SEGMENT)?;
+        let mut reader = match SegmentReader::new(&bytes) {
+            Ok(reader) => reader,
+            Err(flaw) => {
+                unreadable.push(flaw.at(directory.path(&name)).to_string());
+                continue;
+            }
+        };
+        let Some(header) = reader.header().cloned() else {
+            continue;
+        };
+        let start = reader.head();
+        let records = reader
+            .by_ref()
+            .map(|entry| match entry.record {
+                Record::Boundary { step, .. } | Record::Event { step, .. } => (step, entry.chain),
+            })
+            .collect();
+        let damage = match reader.ending() {
+            Ending::Damaged { after_step, what, .. } => {
+                Some(format!("damaged after step {after_step}: {what}"))
+            }
+            _ => None,
+        };
+        segments.push(Segment {
+            header,
+            start,
+            records,
+            damage,
+        });
+    }
+    Ok((segments, unreadable))
+}
+
 /// Appends to one life's segment.
 #[derive(Debug)]
 pub(crate) struct Writer {

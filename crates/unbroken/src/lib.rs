@@ -15,6 +15,7 @@
 //! ```
 
 pub mod cause;
+pub mod certificate;
 pub mod compare;
 pub mod digest;
 pub mod elements;

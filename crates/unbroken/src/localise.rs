@@ -408,7 +408,7 @@ fn tensor_words(tensor: &Tensor) -> String {
 }
 
 /// A plain value for people; long ones by digest.
-fn words(value: &Value) -> String {
+pub(crate) fn words(value: &Value) -> String {
     match value {
         Value::None => "None".to_owned(),
         Value::Bool(value) => if *value { "True" } else { "False" }.to_owned(),

@@ -37,8 +37,8 @@ pub struct Options {
 
 /// Who a run is, from its `run.toml`.
 #[derive(Clone, Debug, PartialEq)]
-struct Config {
-    id: String,
+pub(crate) struct Config {
+    pub(crate) id: String,
     seed: u64,
     created: String,
     settings: Vec<(String, Value)>,
@@ -697,7 +697,7 @@ fn read_config(directory: &Directory) -> Result<Option<Config>> {
 }
 
 /// Opens the directory of a run for reading, without a lock.
-fn open_to_read(path: &Path) -> Result<(Directory, Config)> {
+pub(crate) fn open_to_read(path: &Path) -> Result<(Directory, Config)> {
     let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
     let directory = Directory::new(Arc::new(storage));
     match read_config(&directory)? {

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use unbroken::cause::{self, Cause, Leaf, Situation};
+use unbroken::format::journal::SegmentHeader;
 use unbroken::journal::{Boundary, Event, Journal};
 use unbroken::localise::{self, Outcome, Parting};
 use unbroken::run::{Overview, read_journal, read_run};
@@ -63,8 +64,18 @@ impl Recorded {
 
     /// Steps of the checkpoints that later lives started from.
     pub(crate) fn resumed_at(&self) -> Vec<u64> {
-        self.journal.lives.iter().skip(1).map(|life| life.step).collect()
+        self.journal
+            .lives
+            .iter()
+            .filter(|life| is_resumed(life))
+            .map(|life| life.step)
+            .collect()
     }
+}
+
+/// Whether a life went on with what an earlier one had trained.
+fn is_resumed(life: &SegmentHeader) -> bool {
+    life.life > 1 && (life.step, life.phase) != (0, 0)
 }
 
 /// Where and how a run differs from what was expected of it.
@@ -217,7 +228,7 @@ fn parted(
         .journal
         .lives
         .iter()
-        .find(|life| life.life == parting.life && life.life > 1);
+        .find(|life| life.life == parting.life && is_resumed(life));
     let before = parting
         .index
         .checked_sub(1)
@@ -346,7 +357,7 @@ fn restored_leaves(run: &Recorded, life: u32) -> Result<Vec<Leaf>, Error> {
         .journal
         .lives
         .iter()
-        .find(|header| header.life == life && life > 1)
+        .find(|header| header.life == life && is_resumed(header))
     else {
         return Ok(Vec::new());
     };

@@ -1,0 +1,123 @@
+"""`unbroken prove` on whole programs: what it says, what it exits with, what it leaves behind.
+
+Each trial is a few real processes that import torch, so that there are few trials here; the faults that a proof
+tells apart are in tests/stories/test_story_faults.py.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unbroken.testing
+
+EXACT = """
+import random, torch
+from torch import nn
+import unbroken
+
+random.seed(1)
+torch.manual_seed(1)
+net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+opt = torch.optim.AdamW(net.parameters())
+data = torch.utils.data.TensorDataset(torch.sin(torch.arange(96.0)).reshape(24, 4))
+loader = torch.utils.data.DataLoader(data, 4, shuffle=True)
+run = unbroken.Run("anywhere/run", seed=1, model=net, optimizer=opt, checkpoint=4)
+for _ in run.epochs(2):
+    for (x,) in run.batches(loader):
+        loss = net(x * random.random()).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        run.log(loss=loss)
+"""
+FORGETS = EXACT.replace("x * random.random()", "x * memory.draw()").replace(
+    "import unbroken\n",
+    """import unbroken
+
+class Memory:
+    # A generator that nothing captures: it starts again with each process.
+    def __init__(self):
+        self.value = 1
+    def draw(self):
+        self.value = self.value * 16807 % 2147483647
+        return self.value / 2147483647
+
+memory = Memory()
+""",
+    1,
+)
+WAVERS = EXACT.replace("import random, torch", "import os, random, torch").replace(
+    "x * random.random()", "x * int.from_bytes(os.urandom(4), 'little')"
+)
+
+
+def write(directory: Path, text: str) -> Path:
+    script = directory / "train.py"
+    script.write_text(text)
+    return script
+
+
+def test_a_script_that_is_exact_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = write(tmp_path, EXACT)
+    proof = unbroken.testing.assert_exact(script, kills=2, environment={"TMPDIR": str(tmp_path)})
+    assert (proof.exact, proof.boundaries, proof.stops) == (True, 14, 2)
+    assert all(trial["identical"] for trial in proof.details["trials"])
+    assert proof.details["directory"] is None
+    # Neither the run directory that the script names nor the trials' own.
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_script_that_forgets_something_fails_with_the_first_difference(tmp_path: Path) -> None:
+    script = write(tmp_path, FORGETS)
+    with pytest.raises(AssertionError) as failure:
+        unbroken.testing.assert_exact(script, kills=1, steps=8, environment={"TMPDIR": str(tmp_path)})
+    words = str(failure.value)
+    assert "not exact: 1 of 1 trial" in words
+    assert "first difference at step" in words
+    assert "`log/loss`" in words
+    assert "likely cause: " in words
+    kept = Path(words.rpartition("kept in ")[2])
+    assert (kept / "trial-1" / "runs" / "run" / "run.toml").exists()
+
+
+def test_a_script_that_is_not_deterministic_is_told_from_one_that_resumes_wrongly(tmp_path: Path) -> None:
+    proof = unbroken.testing.prove(
+        write(tmp_path, WAVERS), kills=1, steps=3, environment={"TMPDIR": str(tmp_path)}
+    )
+    assert not proof.exact
+    assert proof.verdict.startswith("not deterministic")
+    assert proof.details["trials"] == []
+    assert proof.details["difference"]["component"] == "log/loss"
+    assert proof.details["difference"]["cause"]["id"] == "not-deterministic"
+
+
+def test_a_program_without_a_run_leaves_the_question_open(tmp_path: Path) -> None:
+    directory = tmp_path / "kept"
+    done = subprocess.run(
+        [sys.executable, "-m", "unbroken", "prove", "--dir", directory, "--", sys.executable, "-c", "pass"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "recorded no step of an unbroken.Run" in done.stderr
+    failing = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "unbroken",
+            "prove",
+            "--",
+            sys.executable,
+            "-c",
+            "raise SystemExit('no data')",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"TMPDIR": str(tmp_path), "PATH": ""},
+    )
+    assert failing.returncode == 2
+    assert "does not run to its end uninterrupted: it ended with exit code 1: no data" in failing.stderr
