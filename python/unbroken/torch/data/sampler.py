@@ -357,7 +357,7 @@ class Recorder:
             self._put_back(log[event])
         first = min(position, state["pulls"] - 1)
         indices = self._turn(lambda: iter(leaf))
-        self._turn(lambda: deque(itertools.islice(indices, first * batches.batch_size), maxlen=0))
+        self._turn(lambda: advance(indices, first * batches.batch_size))
         self._iterator = iter(BatchSampler(indices, batches.batch_size, batches.drop_last))
         self.pulls = first
         pending: list[Any] = []
@@ -485,3 +485,31 @@ def _length(sampler: Any) -> int | None:
 
 def _entry_bytes(entry: dict[str, Any]) -> int:
     return sum(len(data) for part in entry.values() if isinstance(part, dict) for data in part.values())
+
+
+_LIST_ITERATOR, _RANGE_ITERATOR = type(iter([])), type(iter(range(0)))
+
+
+def advance(indices: Iterator[Any], count: int) -> None:
+    """Drop `count` items, or all that are left.
+
+    Torch's samplers are generators that hand on the iterator of a list. Such an iterator can be set to a position:
+    a jump over millions of items instead of as many turns of a generator.
+    """
+    while count > 0:
+        inner: Any = getattr(indices, "gi_yieldfrom", None) or indices
+        left = inner.__length_hint__() if type(inner) in (_LIST_ITERATOR, _RANGE_ITERATOR) else 0
+        if left:
+            step = min(count, left)
+            inner.__setstate__(inner.__reduce__()[2] + step)
+            count -= step
+        elif next(indices, _END) is _END:
+            return
+        else:
+            count -= 1
+            if getattr(indices, "gi_yieldfrom", None) is None:
+                deque(itertools.islice(indices, count), maxlen=0)
+                return
+
+
+_END = object()
