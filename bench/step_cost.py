@@ -73,6 +73,7 @@ class Training:
                 checkpoint=never,
                 journal=level,  # pyright: ignore[reportArgumentType]
                 quiet=True,
+                allow=["untracked:*"],  # The plain loop beside it trains in the same process.
             )
             self.epochs = self.run.epochs(rounds)
 

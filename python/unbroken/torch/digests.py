@@ -6,6 +6,7 @@ level only, because reading them makes the host wait.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ Component = tuple[str, "bytes | int | float | str"]
 BATCH_BUDGET_BYTES = 1 << 20
 _WINDOWS = 64
 # What a step digests of each part of the state in the sampled level: steps in sequence cover all of it.
-STATE_WINDOW_BYTES = 64 << 10
+STATE_WINDOW_BYTES = 32 << 10
 
 
 def batch_digest(batch: Any, *, level: Level) -> bytes:
@@ -45,12 +46,13 @@ def _walk(
     item: Any, level: Level, parts: list[bytes], regions: list[tuple[int, int]], keep: list[Any]
 ) -> None:
     if isinstance(item, torch.Tensor):
-        parts.append(f"tensor {item.dtype} {tuple(item.shape)}".encode())
-        if item.layout is not torch.strided or (item.device.type != "cpu" and level == "sampled"):
+        parts.append(_tensor_head(item.dtype, item.shape))
+        if item.layout is not torch.strided or (not item.is_cpu and level == "sampled"):
             return
-        host = item.detach().contiguous().cpu()
-        keep.append(host)
-        regions.extend(_windows(host.data_ptr(), host.numel() * host.element_size(), level))
+        if not (item.is_cpu and item.is_contiguous()) or item.is_conj() or item.is_neg():
+            item = item.detach().resolve_conj().resolve_neg().contiguous().cpu()
+            keep.append(item)
+        regions.extend(_windows(item.data_ptr(), item.nbytes, level))
     elif isinstance(item, (list, tuple)):
         parts.append(f"{type(item).__name__} {len(item)}".encode())
         for value in item:
@@ -70,6 +72,11 @@ def _walk(
         fields = getattr(item, "__dict__", None)
         if fields:
             _walk(fields, level, parts, regions, keep)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_head(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return f"tensor {dtype} {tuple(shape)}".encode()
 
 
 def _windows(address: int, length: int, level: Level) -> list[tuple[int, int]]:
@@ -116,7 +123,7 @@ def state_digests(objects: Mapping[str, object], *, step: int, level: Level) -> 
     """Return digests of all tracked state at a boundary, part by part, in causal order.
 
     In the sampled level each part contributes the window of its bytes that this step's turn is: a pure function of
-    the step, so that two runs sample alike and every byte is covered once in (bytes / 64 KiB) steps.
+    the step, so that two runs sample alike and every byte is covered once in (bytes / 32 KiB) steps.
     """
     digests: list[Component] = []
     for name, regions in snapshot.regions(objects).items():

@@ -8,6 +8,7 @@ hook costs a little at every call of every module, so it is there for the first 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ class Watch:
     def __init__(self, tracked: Mapping[str, object]) -> None:
         self._tracked = tracked
         self._seen: dict[int, object] = {}
-        self._known: set[int] = set()
+        # Ids of what was judged; weak, because an id passes on when its object dies.
+        self._known: dict[int, weakref.ref[object]] = {}
         self._paused = 0
         self._handles: list[Any] = []
         self._module_handle: Any = None
@@ -77,22 +79,26 @@ class Watch:
         self._paused -= 1
 
     def untracked(self) -> list[str]:
-        """Return what was seen since the last call and is not tracked, in words, and forget it."""
+        """Return what was seen for the first time since the last call and is not tracked, in words."""
         if not self._seen:
             return []
         tracked = tracked_ids(self._tracked.values())
         found = [_describe(item) for key, item in self._seen.items() if key not in tracked]
-        self._known.update(key for key in self._seen if key in tracked)
+        self._known.update((key, weakref.ref(item)) for key, item in self._seen.items())
         self._seen.clear()
         return sorted(set(found))
 
     def _note(self, item: object) -> None:
-        if not self._paused and id(item) not in self._known:
+        if not self._paused and not self._is_known(item):
             self._seen[id(item)] = item
+
+    def _is_known(self, item: object) -> bool:
+        known = self._known.get(id(item))
+        return known is not None and known() is item
 
     def _note_module(self, module: nn.Module) -> None:
         # Only what training can change: own parameters that take gradients, or buffers that a forward may update.
-        if self._paused or id(module) in self._known or id(module) in self._seen or not module.training:
+        if self._paused or not module.training or id(module) in self._seen or self._is_known(module):
             return
         own = module.parameters(recurse=False)
         if any(parameter.requires_grad for parameter in own) or _has_running_state(module):
