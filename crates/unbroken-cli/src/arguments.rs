@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Export(Export),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
+    /// Write a page about a run, or several over each other
+    Report(crate::report::Report),
     /// Write a small file that says what a run was
     Certify(crate::certify::Certify),
     /// Check a run against its certificate

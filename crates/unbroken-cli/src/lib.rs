@@ -14,6 +14,7 @@ mod list;
 mod log;
 mod prove;
 mod prune;
+mod report;
 mod show;
 mod target;
 mod verify;
@@ -57,6 +58,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Log(command) => log::run(command, &mut streams),
         Command::Diff(command) => diff::run(command, &mut streams),
         Command::Verify(command) => verify::run(command, &mut streams),
+        Command::Report(command) => report::run(command, &mut streams),
         Command::Certify(command) => certify::issue(command, &mut streams),
         Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),
