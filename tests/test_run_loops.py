@@ -248,3 +248,22 @@ def test_a_loop_with_workers_resumes_exactly(
     tmp_path: Path, shape: Callable[[World], None], persistent: bool
 ) -> None:
     check(tmp_path, shape, [2, 8, 9], "native", workers=2, persistent_workers=persistent)
+
+
+def test_a_generator_that_nobody_draws_from_is_recorded_as_untouched(tmp_path: Path) -> None:
+    """A script that seeds torch alone gives equal journals, whatever python's own generator began with."""
+    journals = []
+    for name, seed in (("one", 1), ("two", 2)):
+        world = World(tmp_path / name, None, "native", seed=0)
+        random.seed(seed)
+        for _ in world.run.epochs(1):
+            for batch in world.run.batches(DataLoader(torch.ones(8, 4), batch_size=4, shuffle=True)):  # type: ignore[arg-type]
+                world.optimizer.zero_grad()
+                world.net(batch).sum().backward()
+                world.optimizer.step()
+        world.run.close()
+        journals.append(unbroken._core.read_journal(tmp_path / name))
+    assert journals[0] == journals[1]
+    components = dict(journals[0][-1]["components"])
+    assert components["rng/python"] == "untouched"
+    assert components["rng/torch"] != "untouched"

@@ -174,6 +174,8 @@ class Run:
         self._slots: dict[str, _LoaderSlot] = {}
         self._saved_loaders: dict[str, dict[str, Any]] = {}
         self._retired: set[str] = set()
+        # Digest of each generator at step 0.
+        self._origins: dict[str, bytes] = {}
         self._identity: dict[str, Any] = {}
         self._recorded_identity: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
@@ -398,6 +400,7 @@ class Run:
         self._place = _Place(**tree["run"])
         self._metrics = dict(checkpoint.info.metrics)
         self._saved_loaders = dict(tree["loaders"])
+        self._origins = dict(tree["origins"])
         self._recorded_identity = checkpoint.info.identity
         self.state.update(snapshot.raise_plain(tree["state"], checkpoint, path="state"))
 
@@ -438,6 +441,7 @@ class Run:
                 "override", self.step, {"name": name, "recorded": _text(recorded), "current": _text(current)}
             )
         if checkpoint is None:
+            self._origins = dict(rng.digests())
             self._commit(_IN_EPOCH)
             self._proof.reached("saved:0")
             return
@@ -751,7 +755,7 @@ class Run:
     def _record(self, phase: int, first: list[digests.Component]) -> None:
         components = [
             *first,
-            *rng.digests(),
+            *self._generators(),
             *digests.learning_rates(self._objects),
             *self._log,
             *digests.state_digests(self._objects, step=self.step, level=self._level),
@@ -768,6 +772,13 @@ class Run:
                 begin, last = self._replayed_from, self.step
                 steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
                 self._say(f"{steps} executed again: identical")
+
+    def _generators(self) -> list[digests.Component]:
+        # A generator that nobody seeded and nobody draws from differs from run to run, and means nothing.
+        return [
+            (name, "untouched" if self._origins.get(name) == digest else digest)
+            for name, digest in rng.digests()
+        ]
 
     def _diverged(self, difference: _core.Difference) -> None:
         self._has_diverged = True
@@ -815,6 +826,7 @@ class Run:
             "objects": captured.tree,
             "state": captured.values["state"],
             "generators": rng.capture(),
+            "origins": self._origins,
             "loaders": {**self._unopened_loaders(), **self._loader_states()},
         }
         self._proof.reached(f"saving:{self.step}")
