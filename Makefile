@@ -49,9 +49,10 @@ test: test-rust test-python test-burn
 test-rust: $(bin)/python
 	cargo test --package unbroken --package unbroken-cli
 
-# Burn's own crates are built once, into the same target directory, at a profile of their own.
+# What these two depend on is built once, into the same target directory, at a profile of their own.
 test-burn:
 	cargo test --package unbroken-burn --profile burn
+	cargo test --package unbroken-candle --profile burn
 
 test-python: setup
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
@@ -60,6 +61,7 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --package unbroken-burn --profile burn --all-targets -- -D warnings
+	cargo clippy --package unbroken-candle --profile burn --all-targets -- -D warnings
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/basedpyright

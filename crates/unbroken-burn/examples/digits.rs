@@ -5,7 +5,10 @@
 //!
 //!     cargo run --release -p unbroken-burn --example digits -- runs/digits [--epochs 8] [--workers 3] [--learner]
 //!
-//! Ends with `step ...: accuracy 0.9..., weights ...`: the same digest after any number of kills.
+//! `--torch FILE` writes the final weights as PyTorch's `load_state_dict` takes them; `--from RUN` starts from the weights
+//! of a PyTorch run of the same net, tracked as `model`.
+//!
+//! Ends with `accuracy 0.9..., weights ...`: the same digest after any number of kills.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -25,9 +28,10 @@ use burn::train::metric::{AccuracyMetric, LearningRateMetric, LossMetric};
 use burn::train::{ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainOutput, TrainStep};
 use unbroken::Result;
 use unbroken::digest::Fingerprint;
+use unbroken::run::read_checkpoint;
 use unbroken::train::{Failure, Options, Policy, Sample, Source, Training, exit_code};
 use unbroken_burn::learner::Exact;
-use unbroken_burn::{DeviceGenerator, ExactLoader, Trained, module};
+use unbroken_burn::{DeviceGenerator, ExactLoader, Trained, module, torch};
 
 const SEED: u64 = 1;
 const BATCH: u64 = 32;
@@ -223,6 +227,8 @@ struct Arguments {
     workers: usize,
     save_every: u64,
     learner: bool,
+    torch: Option<String>,
+    from: Option<String>,
 }
 
 fn arguments() -> Arguments {
@@ -232,6 +238,8 @@ fn arguments() -> Arguments {
         workers: 3,
         save_every: 20,
         learner: false,
+        torch: None,
+        from: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -246,6 +254,8 @@ fn arguments() -> Arguments {
             "--workers" => arguments.workers = number() as usize,
             "--save-every" => arguments.save_every = number(),
             "--learner" => arguments.learner = true,
+            "--torch" => arguments.torch = words.next(),
+            "--from" => arguments.from = words.next(),
             _ => arguments.directory = word,
         }
     }
@@ -278,8 +288,12 @@ fn schedule(arguments: &Arguments) -> burn::lr_scheduler::module_lr_scheduler::M
 
 /// The loop by hand.
 fn train(arguments: &Arguments, device: &Device) -> Result<Net> {
-    let mut trained = Trained::new(Net::new(device), AdamWConfig::new().init(), schedule(arguments))
-        .accumulating(ACCUMULATION);
+    let net = match &arguments.from {
+        None => Net::new(device),
+        Some(run) => torch::read(Net::new(device), &read_checkpoint(run.as_ref())?, "model")?,
+    };
+    let mut trained =
+        Trained::new(net, AdamWConfig::new().init(), schedule(arguments)).accumulating(ACCUMULATION);
     let mut loader = loader(arguments, device).loader();
     let mut training = options(arguments)
         .epochs(arguments.epochs)
@@ -335,6 +349,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     } else {
         train(arguments, &device)?
     };
+    if let Some(file) = &arguments.torch {
+        let failed = |error| unbroken::Error::io("write the weights", file, error);
+        std::fs::write(file, torch::safetensors(&net)?).map_err(failed)?;
+    }
     println!(
         "accuracy {:.4}, weights {}",
         accuracy(&net, &device.inner()),

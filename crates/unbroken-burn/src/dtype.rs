@@ -38,15 +38,18 @@ pub(crate) fn sizes(shape: &[usize]) -> Vec<u64> {
     shape.iter().map(|size| *size as u64).collect()
 }
 
+/// The element type of a name.
+pub(crate) fn of(name: &str, tensor: &str) -> Result<DType> {
+    let found = NAMES.iter().find(|(_, known)| *known == name);
+    let missing = || Error::Unsupported {
+        what: format!("the type {name} of `{tensor}`"),
+    };
+    found.map(|(dtype, _)| *dtype).ok_or_else(missing)
+}
+
 /// A tensor of a checkpoint as Burn's data.
-pub(crate) fn data(tensor: TensorView, of: &str) -> Result<TensorData> {
-    let dtype = NAMES
-        .iter()
-        .find(|(_, name)| *name == tensor.dtype)
-        .map(|(dtype, _)| *dtype);
-    let dtype = dtype.ok_or_else(|| Error::Unsupported {
-        what: format!("the type {} of `{of}`", tensor.dtype),
-    })?;
+pub(crate) fn data(tensor: TensorView, name: &str) -> Result<TensorData> {
+    let dtype = of(&tensor.dtype, name)?;
     let shape: Vec<usize> = tensor.shape.iter().map(|size| *size as usize).collect();
     Ok(TensorData::from_bytes(
         Bytes::from_bytes_vec(tensor.bytes),

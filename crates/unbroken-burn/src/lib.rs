@@ -45,6 +45,7 @@ mod loader;
 pub mod module;
 pub mod optimizer;
 pub mod scheduler;
+pub mod torch;
 mod trained;
 
 pub use loader::{DatasetSource, DeviceGenerator, ExactLoader};

@@ -12,6 +12,7 @@ use burn::lr_scheduler::exponential::ExponentialLrSchedulerConfig;
 use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::{ModuleLrScheduler, ModuleLrSchedulerConfig};
 use burn::lr_scheduler::noam::NoamLrSchedulerConfig;
+use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
 use burn::module::{Module, Param};
 use burn::nn::{BatchNorm, BatchNormConfig, Dropout, DropoutConfig, Linear, LinearConfig};
@@ -244,6 +245,17 @@ fn every_scheduler_comes_back_as_it_was() {
             NoamLrSchedulerConfig::new(0.5).with_warmup_steps(4).into(),
         ),
         ("step", StepLrSchedulerConfig::new(0.1, 3).into()),
+        (
+            "sequential",
+            SequentialLrSchedulerConfig::new(
+                vec![
+                    LinearLrSchedulerConfig::new(0.1, 0.3, 5).into(),
+                    CosineAnnealingLrSchedulerConfig::new(0.3, 9).into(),
+                ],
+                vec![5],
+            )
+            .into(),
+        ),
         (
             "composed",
             ComposedLrSchedulerConfig::new()
