@@ -9,42 +9,7 @@ from typing import Any
 
 import pytest
 
-from unbroken import _core
-
-
-def record(run: _core.Run, step: int) -> None:
-    run.record(step, 0, 0, step, [("log/loss", 1.0 / step), ("rng/python", bytes([step % 251] * 16))])
-
-
-def commit(run: _core.Run, step: int, keep: list[bytearray]) -> None:
-    memory = bytearray(step.to_bytes(8, "little") * 64)
-    keep.append(memory)
-    import ctypes
-
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    tensor = _core.Tensor(dtype="int64", shape=[64], strides=[1], offset=0, storage=0)
-    run.commit(
-        step=step,
-        phase=0,
-        tree={"objects": {"w": tensor}},
-        storages=[(address, len(memory))],
-        identity={"plan.epochs": 1},
-        environment={"torch": "2.15.0"},
-        metrics={},
-    )
-
-
-def train(path: Path, steps: range, save: int) -> None:
-    run = _core.Run.open(path, seed=7, settings={})
-    keep: list[bytearray] = []
-    run.begin()
-    if run.resumed_from is None:
-        commit(run, 0, keep)
-    for step in steps:
-        record(run, step)
-        if step % save == 0:
-            commit(run, step, keep)
-    run.close()
+from small_runs import train
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Prune(Prune),
     /// Write a page about a run, or several over each other
     Report(crate::report::Report),
+    /// Follow a live run in the terminal
+    Watch(crate::watch::Watch),
     /// Write a small file that says what a run was
     Certify(crate::certify::Certify),
     /// Check a run against its certificate

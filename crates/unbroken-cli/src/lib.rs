@@ -18,6 +18,7 @@ mod report;
 mod show;
 mod target;
 mod verify;
+mod watch;
 mod words;
 
 use std::ffi::OsString;
@@ -59,6 +60,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Diff(command) => diff::run(command, &mut streams),
         Command::Verify(command) => verify::run(command, &mut streams),
         Command::Report(command) => report::run(command, &mut streams),
+        Command::Watch(command) => watch::run(command, &mut streams),
         Command::Certify(command) => certify::issue(command, &mut streams),
         Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),

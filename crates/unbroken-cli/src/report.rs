@@ -337,6 +337,9 @@ fn legend(runs: &[Recorded]) -> String {
     out
 }
 
+/// A longer table is folded: a page is read from its top.
+const FOLDED_FROM: usize = 24;
+
 fn table(out: &mut String, caption: &str, head: &[&str], rows: &[Vec<String>]) {
     if rows.is_empty() {
         return;
@@ -348,7 +351,9 @@ fn table(out: &mut String, caption: &str, head: &[&str], rows: &[Vec<String>]) {
     };
     let _ = writeln!(
         out,
-        "<div class=\"wide\"><table><caption>{caption}</caption><thead><tr>{}</tr></thead><tbody>",
+        "<details class=\"wide\"{}><summary>{caption} ({})</summary><table><thead><tr>{}</tr></thead><tbody>",
+        if rows.len() > FOLDED_FROM { "" } else { " open" },
+        rows.len(),
         cells("th", &mut head.iter().copied())
     );
     for row in rows {
@@ -358,7 +363,16 @@ fn table(out: &mut String, caption: &str, head: &[&str], rows: &[Vec<String>]) {
             cells("td", &mut row.iter().map(String::as_str))
         );
     }
-    out.push_str("</tbody></table></div>\n");
+    out.push_str("</tbody></table></details>\n");
+}
+
+/// An RFC 3339 timestamp to the second, for people.
+fn moment(time: &str) -> String {
+    time.split('.')
+        .next()
+        .unwrap_or(time)
+        .trim_end_matches('Z')
+        .replace('T', " ")
 }
 
 fn lives_table(out: &mut String, run: &Recorded) {
@@ -374,7 +388,7 @@ fn lives_table(out: &mut String, run: &Recorded) {
             });
             vec![
                 header.life.to_string(),
-                header.created.clone(),
+                moment(&header.created),
                 boundary_words(header.step, header.phase),
                 band.to.to_string(),
                 again.count().to_string(),
@@ -425,7 +439,7 @@ fn checkpoints_table(out: &mut String, run: &Recorded) {
                 info.step.to_string(),
                 phase_words(info.phase).to_owned(),
                 info.life.to_string(),
-                info.created.clone(),
+                moment(&info.created),
                 size(info.size_bytes),
                 size(info.new_bytes),
                 if info.pinned {
@@ -525,7 +539,7 @@ svg{display:block;width:100%;height:auto}
 .key-again{background:var(--again)}.key-save{background:var(--save);clip-path:polygon(50% 0,100% 100%,0 100%)}
 .wide{overflow-x:auto;margin:24px 0}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;min-width:100%}
-caption{text-align:left;font-weight:600;font-size:15px;padding-bottom:6px}
+summary{font-weight:600;font-size:15px;padding-bottom:6px;cursor:pointer}
 th,td{text-align:left;padding:5px 16px 5px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{color:var(--soft);font-weight:500}
 ";

@@ -1,0 +1,134 @@
+"""The report as a page that needs nothing else, and the run as a line in the terminal. No torch takes part."""
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from small_runs import train
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser does, and notes what a test can judge."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [given for _, given in self.elements if name in (given.get("class") or "").split()]
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+
+def program(*arguments: str | Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "unbroken", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """Three lives of 40 steps: killed at 12 and at 27, resumed from 8 and from 24."""
+    path = tmp_path / "killed"
+    train(path, range(1, 13), 8)
+    train(path, range(9, 28), 8)
+    train(path, range(25, 41), 8)
+    return path
+
+
+def page_of(*runs: Path) -> tuple[Page, str]:
+    file = runs[0].parent / "page.html"
+    program("report", *runs, "-o", file)
+    text = file.read_text()
+    return Page(text), text
+
+
+def test_a_page_shows_lives_kills_and_what_was_verified(killed: Path) -> None:
+    page, _ = page_of(killed)
+    assert "3 lives; 7 boundaries executed again, each identical" in page.words
+    assert len(page.of_class("life")) == 3
+    assert len(page.of_class("kill")) == 2
+    assert len(page.of_class("resume")) == 2
+    # 9 to 12 and 25 to 27.
+    assert len(page.of_class("again")) == 2
+    assert "steps 9 to 12 executed again" in page.words
+    assert "steps 25 to 27 executed again" in page.words
+    assert len(page.of_class("save")) == len(list((killed / "checkpoints").iterdir()))
+    assert "2.15.0" in page.words
+
+
+def test_a_page_needs_nothing_from_outside_and_knows_light_and_dark(killed: Path) -> None:
+    page, text = page_of(killed)
+    assert "http:" not in text and "https:" not in text and "url(" not in text
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "img", "iframe"})
+    assert not any("src" in given or "href" in given for _, given in page.elements)
+    assert "prefers-color-scheme:dark" in text
+
+
+def test_two_runs_lie_over_each_other_with_the_first_difference_marked(killed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(other, range(1, 41), 8, off_at=30)
+    page, _ = page_of(killed, other)
+    assert len(page.of_class("curve")) == 2
+    assert "they part at step 30" in page.words
+    assert "The runs are not the same" in page.words
+    assert f"{other} differs first at step 30, in log/loss" in page.words
+
+
+def test_a_run_that_did_not_repeat_itself_says_so_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(path, range(1, 13), 8)
+    train(path, range(9, 21), 8, off_at=10)
+    # What a front that goes on records when the core tells it of a difference.
+    from unbroken import _core
+
+    run = _core.Run.open(path, seed=7, settings={})
+    run.begin()
+    run.event("diverged", 10, {"component": "log/loss"})
+    run.close()
+    page, _ = page_of(path)
+    assert "step 10 came out differently when life 3 executed it again" in page.words
+    assert "did not repeat itself" in page.words
+
+
+def test_names_cannot_smuggle_markup_into_the_page(killed: Path, tmp_path: Path) -> None:
+    evil = tmp_path / "<b onload=x>&run"
+    killed.rename(evil)
+    page, text = page_of(evil)
+    assert "<b onload" not in text
+    assert "<b onload=x>&run" in page.words
+
+
+def test_watch_says_where_the_run_is(killed: Path, tmp_path: Path) -> None:
+    line = program("watch", "--once", killed)
+    assert line.startswith("step 40 epoch 0 life 3 loss 0.02500 █")
+    assert "7 executed again: identical" in line
+    assert "cannot open directory" in program("watch", "--once", tmp_path / "nothing", code=2)
