@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
 from small_runs import train
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
