@@ -4,6 +4,7 @@ Each trial is a few real processes that import torch, so that there are few tria
 tells apart are in tests/stories/test_story_faults.py.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,11 +74,11 @@ def test_a_script_that_is_exact_passes_and_leaves_nothing_behind(tmp_path: Path)
 def test_a_script_that_forgets_something_fails_with_the_first_difference(tmp_path: Path) -> None:
     script = write(tmp_path, FORGETS)
     with pytest.raises(AssertionError) as failure:
-        # This seed kills at step 7: the next life starts from step 4.
+        # This seed kills at step 7: the next life starts from the first epoch's end.
         unbroken.testing.assert_exact(script, kills=1, steps=8, seed=4, environment={"TMPDIR": str(tmp_path)})
     words = str(failure.value)
-    assert "not exact: 1 of 1 trial" in words
-    assert "first difference at step 5, resumed from step 4" in words
+    assert "not exact: 1 of 1 trials" in words
+    assert "first difference at step 7, resumed from step 6" in words
     assert "`log/loss`" in words
     assert "likely cause: " in words
     kept = Path(words.rpartition("kept in ")[2])
@@ -123,3 +124,31 @@ def test_a_program_without_a_run_leaves_the_question_open(tmp_path: Path) -> Non
     )
     assert failing.returncode == 2
     assert "does not run to its end uninterrupted: it ended with exit code 1: no data" in failing.stderr
+
+
+def test_a_replay_executes_history_again_and_finds_changed_code(tmp_path: Path) -> None:
+    script = write(tmp_path, EXACT)
+    train = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert train.returncode == 0, train.stderr
+    run = tmp_path / "anywhere" / "run"
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+
+    def replay(code: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "unbroken", "replay", run, "--from", "8", "--", sys.executable, script],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    assert "steps 8 to 12 executed again: identical in 4 boundaries" in replay(0)
+    script.write_text(EXACT.replace(".mean()", ".sum()"))
+    assert "step 9, resumed from step 8: `log/loss` should be" in replay(1)
+    script.write_text(EXACT.replace("AdamW(net.parameters())", "AdamW(net.parameters(), eps=1e-7)"))
+    assert "eps` was 1e-08, is 1e-07" in replay(2)
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))

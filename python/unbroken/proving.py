@@ -25,6 +25,8 @@ STEPS: Final = "UNBROKEN_PROVE_STEPS"
 """The run stops after this step as on a signal."""
 SAVE: Final = "UNBROKEN_PROVE_SAVE"
 """Boundaries to save whatever the policy says, comma between: STEP-PHASE, or `restored` for what a resume put back."""
+JOURNAL: Final = "UNBROKEN_PROVE_JOURNAL"
+"""`own` leaves the journal's level to the program: a replay is compared with what the program recorded."""
 SEED: Final = "UNBROKEN_PROVE_SEED"
 """Seed of runs that name none, so that several runs of one program can be compared."""
 
@@ -40,6 +42,7 @@ class Instructions:
     steps: int | None = None
     save: frozenset[str] = frozenset()
     seed: int | None = None
+    own_journal: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Instructions:
@@ -62,6 +65,7 @@ class Instructions:
             steps=int(steps) if steps else None,
             save=frozenset(filter(None, environment.get(SAVE, "").split(","))),
             seed=int(seed) if seed else None,
+            own_journal=environment.get(JOURNAL, "") == "own",
         )
 
     def place(self, path: Path) -> Path:

@@ -142,7 +142,8 @@ class Run:
         self._proof = proof = Instructions.read(os.environ)
         if proof.directory is not None:
             # What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
-            journal, keep, on_divergence = "full", Keep(last=None), "continue"
+            journal = journal if proof.own_journal else "full"
+            keep, on_divergence = Keep(last=None), "continue"
             requeue_code = REQUEUE_CODE
             seed = proof.seed if seed is None else seed
         level = journal if journal is not None else os.environ.get("UNBROKEN_JOURNAL", "sampled")

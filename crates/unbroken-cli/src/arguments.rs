@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Export(Export),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
+    /// Execute recorded steps again under today's environment and compare them
+    Replay(crate::replay::Replay),
     /// Write a page about a run, or several over each other
     Report(crate::report::Report),
     /// Follow a live run in the terminal

@@ -14,6 +14,7 @@ mod list;
 mod log;
 mod prove;
 mod prune;
+mod replay;
 mod report;
 mod show;
 mod target;
@@ -61,6 +62,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Verify(command) => verify::run(command, &mut streams),
         Command::Report(command) => report::run(command, &mut streams),
         Command::Watch(command) => watch::run(command, &mut streams),
+        Command::Replay(command) => replay::run(command, &mut streams),
         Command::Certify(command) => certify::issue(command, &mut streams),
         Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),

@@ -4,7 +4,7 @@
 //! differs. The program is not changed: instructions travel in environment variables (python/unbroken/proving.py).
 
 pub(crate) mod judge;
-mod life;
+pub(crate) mod life;
 mod plan;
 
 use std::collections::VecDeque;
@@ -79,6 +79,7 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
             seed: command.seed,
             steps: command.steps,
             timeout: None,
+            own_journal: false,
             journal_bytes: 0,
             step: Duration::ZERO,
         },
@@ -106,7 +107,7 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
     Ok(Verdict::yes_if(exact))
 }
 
-fn make_directory(wanted: Option<&Path>) -> Result<PathBuf, Failure> {
+pub(crate) fn make_directory(wanted: Option<&Path>) -> Result<PathBuf, Failure> {
     let path = match wanted {
         Some(path) => path.to_path_buf(),
         None => {
@@ -129,7 +130,7 @@ fn make_directory(wanted: Option<&Path>) -> Result<PathBuf, Failure> {
         .map_err(|error| io_failure("find", &path, &error))
 }
 
-fn io_failure(doing: &str, path: &Path, error: &io::Error) -> Failure {
+pub(crate) fn io_failure(doing: &str, path: &Path, error: &io::Error) -> Failure {
     Failure::new(format!("cannot {doing} \"{}\": {error}", path.display()))
 }
 
@@ -530,8 +531,8 @@ impl Report {
                 .filter(|done| !matches!(done.result, Judged::Identical))
                 .count();
             return format!(
-                "not exact: {wrong} of {} differ",
-                count(self.trials.len(), "trial")
+                "not exact: {wrong} of {} trials went another way",
+                self.trials.len()
             );
         }
         format!(

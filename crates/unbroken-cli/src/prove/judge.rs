@@ -159,27 +159,8 @@ pub(crate) fn compare(expected: &[Recorded], found: &[Recorded]) -> Result<Optio
 /// Where the bytes of a checkpoint cannot be read.
 pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Option<Difference>, Error> {
     let other = |words: String| Ok(Some(Difference::other(&found.name, words)));
-    match localise::compare_journals(&expected.journal.boundaries, &found.journal.boundaries) {
-        Outcome::Same { .. } => {}
-        Outcome::Parts(parting) => return Ok(Some(parted(expected, found, parting, &[], &[]))),
-        Outcome::EndsEarly {
-            missing: (step, phase),
-        } => {
-            return other(format!("ends before {}", boundary_words(step, phase)));
-        }
-        Outcome::OtherBoundaries {
-            expected: Some((step, phase)),
-            ..
-        } => {
-            return other(format!("{} is missing", boundary_words(step, phase)));
-        }
-        Outcome::OtherBoundaries {
-            expected: None,
-            found: place,
-        } => {
-            let (step, phase) = place.unwrap_or_default();
-            return other(format!("{} was not expected", boundary_words(step, phase)));
-        }
+    if let Some(difference) = compare_journals(expected, found) {
+        return Ok(Some(difference));
     }
     if let Some(event) = found.journal.events.iter().find(|event| event.kind == "diverged") {
         return other(format!(
@@ -207,6 +188,33 @@ pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Opti
         (None, None) => Ok(None),
         _ => other("one of the two has no checkpoint".to_owned()),
     }
+}
+
+/// Compares what two runs recorded, and nothing else.
+pub(crate) fn compare_journals(expected: &Recorded, found: &Recorded) -> Option<Difference> {
+    let words = match localise::compare_journals(&expected.journal.boundaries, &found.journal.boundaries) {
+        Outcome::Same { .. } => return None,
+        Outcome::Parts(parting) => return Some(parted(expected, found, parting, &[], &[])),
+        Outcome::EndsEarly {
+            missing: (step, phase),
+        } => {
+            format!("ends before {}", boundary_words(step, phase))
+        }
+        Outcome::OtherBoundaries {
+            expected: Some((step, phase)),
+            ..
+        } => {
+            format!("{} is missing", boundary_words(step, phase))
+        }
+        Outcome::OtherBoundaries {
+            expected: None,
+            found,
+        } => {
+            let (step, phase) = found.unwrap_or_default();
+            format!("{} was not expected", boundary_words(step, phase))
+        }
+    };
+    Some(Difference::other(&found.name, words))
 }
 
 fn event_text(event: &Event, name: &str) -> String {

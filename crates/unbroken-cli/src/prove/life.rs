@@ -33,6 +33,8 @@ pub(crate) struct Program {
     /// Seed for runs that name none.
     pub(crate) seed: u64,
     pub(crate) steps: Option<u64>,
+    /// Whether the program chooses its journal's level itself.
+    pub(crate) own_journal: bool,
     pub(crate) timeout: Option<Duration>,
     /// How much the uninterrupted run wrote to its journals, in bytes.
     pub(crate) journal_bytes: u64,
@@ -104,6 +106,10 @@ impl Program {
             .env("UNBROKEN_PROVE_DIR", &runs)
             .env("UNBROKEN_PROVE_SAVE", save)
             .env("UNBROKEN_PROVE_SEED", (self.seed >> 1).to_string());
+        command.env(
+            "UNBROKEN_PROVE_JOURNAL",
+            if self.own_journal { "own" } else { "" },
+        );
         if let Some(steps) = self.steps {
             command.env("UNBROKEN_PROVE_STEPS", steps.to_string());
         }
