@@ -5,6 +5,8 @@
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
+use burn::data::dataloader::DataLoader;
+use burn::data::dataloader::batcher::Batcher;
 use burn::lr_scheduler::LrSchedulerConfig;
 use burn::lr_scheduler::composed::ComposedLrSchedulerConfig;
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
@@ -21,14 +23,14 @@ use burn::optim::{
     AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams, LBFGS, LBFGSConfig,
     LambConfig, LionConfig, ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
 };
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Distribution, Tensor};
 use unbroken::journal::Boundary;
 use unbroken::run::read_journal;
 use unbroken::train::{
     Failure, Level, Loader, Options, Policy, Sample, Source, StateReader, StateWriter, Stateful, Training,
 };
 use unbroken::{Error, Result};
-use unbroken_burn::{DeviceGenerator, Trained, module, optimizer};
+use unbroken_burn::{DeviceGenerator, ExactLoader, Trained, module, optimizer};
 
 /// Burn has one generator for the whole process: tests that run side by side would draw from each other's.
 fn turn() -> MutexGuard<'static, ()> {
@@ -149,7 +151,8 @@ fn assert_exact<P: Program>(said: &str, make: impl Fn() -> P) {
 #[test]
 fn every_optimizer_comes_back_as_it_was() {
     let momentum = || Some(MomentumConfig::new());
-    let optimizers: Vec<(&str, fn() -> ModuleOptimizer)> = vec![
+    type Make = fn() -> ModuleOptimizer;
+    let optimizers: Vec<(&str, Make)> = vec![
         ("Adam", || AdamConfig::new().init()),
         ("Adam, amsgrad", || AdamConfig::new().with_amsgrad(true).init()),
         ("AdamW", || AdamWConfig::new().init()),
@@ -454,4 +457,72 @@ fn two_processes_make_the_same_parameters_from_the_seed_of_the_run() {
         first.val().into_data().into_parts().0.to_vec()
     };
     assert_eq!(weights("a", 1), weights("b", 2));
+}
+
+struct Keep;
+
+impl Batcher<[f32; 4], Vec<[f32; 4]>> for Keep {
+    fn batch(&self, items: Vec<[f32; 4]>, _device: &Device) -> Vec<[f32; 4]> {
+        items
+    }
+}
+
+impl Batcher<u64, Vec<u64>> for Keep {
+    fn batch(&self, items: Vec<u64>, _device: &Device) -> Vec<u64> {
+        items
+    }
+}
+
+/// Two epochs as Burn's own loops go through a loader: each batch, and what the device draws after it.
+fn epochs(workers: usize, first_epoch: u64) -> Vec<Vec<(Vec<[f32; 4]>, f32)>> {
+    let loader = ExactLoader::new(Numbers, Keep, 5, &device(), move |loader| {
+        loader.shuffled().workers(workers)
+    });
+    let loader = loader.training(7, first_epoch);
+    let draw = || Tensor::<1>::random([1], Distribution::Default, &device()).into_scalar::<f32>();
+    let epoch = |_| {
+        let mut batches = loader.iter();
+        let mut seen = Vec::new();
+        for batch in batches.by_ref() {
+            seen.push((batch.unwrap(), draw()));
+        }
+        assert!(batches.progress().is_completed());
+        seen
+    };
+    (0..2).map(epoch).collect()
+}
+
+#[test]
+fn burns_own_loops_get_the_same_batches_and_draws_for_any_number_of_workers() {
+    let _turn = turn();
+    let expected = epochs(0, 0);
+    assert_eq!(expected[0].len(), 5);
+    assert_ne!(expected[0], expected[1]);
+    assert_eq!(epochs(3, 0), expected);
+    device().seed(99);
+    assert_eq!(
+        epochs(2, 1)[0],
+        expected[1],
+        "a loop that goes on at epoch 1 gets epoch 1"
+    );
+}
+
+#[test]
+fn a_slice_of_a_loader_serves_its_own_samples_only() {
+    struct Indices;
+    impl Source for Indices {
+        type Item = u64;
+        fn len(&self) -> u64 {
+            24
+        }
+        fn at(&self, sample: &Sample) -> std::result::Result<u64, Failure> {
+            Ok(sample.index)
+        }
+    }
+    let loader = ExactLoader::new(Indices, Keep, 4, &device(), |loader| loader.shuffled());
+    let slice = loader.slice(6, 16).to_device(&device()).slice(1, 10);
+    assert_eq!(slice.num_items(), 9);
+    let mut indices: Vec<u64> = slice.iter().flat_map(|batch| batch.unwrap()).collect();
+    indices.sort_unstable();
+    assert_eq!(indices, (7..16).collect::<Vec<_>>());
 }

@@ -60,7 +60,9 @@ fn run_to_the_end(directory: &Path, which: Loop, workers: u64, variables: &[(&st
 }
 
 /// Everything that the journal says of each boundary, lives aside.
-fn story(directory: &Path) -> Vec<(u64, u8, u64, u64, Vec<(String, Component)>)> {
+type Story = Vec<(u64, u8, u64, u64, Vec<(String, Component)>)>;
+
+fn story(directory: &Path) -> Story {
     let journal = read_journal(directory).unwrap();
     assert_eq!(journal.warnings, Vec::<String>::new());
     let boundaries = journal.boundaries.into_iter();
