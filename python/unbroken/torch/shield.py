@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -27,6 +28,10 @@ _worker_pids: set[int] = set()
 def _shielded_iter(self: DataLoader[Any]) -> Iterator[Any]:
     if self.num_workers == 0 or threading.current_thread() is not threading.main_thread():
         return _original_iter(self)
+    context = self.multiprocessing_context or multiprocessing
+    if context.get_start_method() != "fork":
+        # The other methods start a tracker first, which unblocks the signals again: it must be up before.
+        resource_tracker.ensure_running()
     before = {child.pid for child in multiprocessing.active_children()}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
