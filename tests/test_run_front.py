@@ -1,5 +1,8 @@
 """What a person meets at the front of a run: refusals by name, state, bars, evaluations, divergence, ends."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,3 +371,31 @@ def test_a_custom_sampler_may_give_fewer_batches_than_its_length_says(path: Path
             steps += 1
         assert steps == 2
     life.run.close()
+
+
+def test_the_journal_shows_that_partial_gradients_were_put_back(path: Path) -> None:
+    life = Life(path, checkpoint=1)
+    for _ in life.run.epochs(1):
+        for batch in life.run.batches(life.loader):
+            life.net(batch[0]).sum().backward()
+            if life.run.step + 1 == 3:
+                break
+        break
+    life.run.close()
+    again = Life(path)
+    for _ in again.run.epochs(1):
+        for _batch in again.run.batches(again.loader):
+            assert all(p.grad is not None for p in again.net.parameters())
+            break
+        break
+    again.run.close()
+    shown = subprocess.run(
+        [sys.executable, "-m", "unbroken", "log", "--json", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    restored = [
+        line for line in map(json.loads, shown.stdout.splitlines()) if line.get("event") == "restored"
+    ]
+    assert [line["fields"]["gradients"] for line in restored] == [4]

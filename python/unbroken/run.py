@@ -452,6 +452,7 @@ class Run:
             self._place = dataclasses.replace(self._place, in_loop=False, openings=[])
         else:
             self._restore_all()
+            self._record_restored()
             self._save_restored(_BETWEEN_EPOCHS)
 
     def _check_identity(self) -> list[tuple[str, Any, Any]]:
@@ -498,6 +499,15 @@ class Run:
         rng.restore(checkpoint.tree["generators"])
         self._restore = None
 
+    def _record_restored(self) -> None:
+        # Inside an accumulation window the partial gradients are part of the state: the journal shows that they are.
+        assert self._checkpoint is not None, "something was restored"
+        fields = {
+            "checkpoint": self._checkpoint.info.name,
+            "gradients": snapshot.count_gradients(self._objects),
+        }
+        self._core.event("restored", self.step, fields)
+
     def _say_resumed(self, checkpoint: _core.Checkpoint) -> None:
         place = self._place
         where = f"epoch {place.epoch}" + (f", batch {place.position}" if place.in_loop else "")
@@ -532,6 +542,7 @@ class Run:
             self._resume_place = None
             slot.session.open(self._epoch_key(slot, count=False))
             self._restore_all()
+            self._record_restored()
             # What the user's code before the loop logged belongs to the epoch's first step, which is done.
             self._log = []
         else:

@@ -361,6 +361,13 @@ def training_flags(objects: Mapping[str, object]) -> list[tuple[torch.nn.Module,
     return found
 
 
+def count_gradients(objects: Mapping[str, object]) -> int:
+    """Return how many parameters of tracked modules hold a gradient."""
+    found = [item for item in objects.values() if isinstance(item, torch.nn.Module)]
+    held = {id(p) for module in found for p in module.parameters() if p.grad is not None}
+    return len(held)
+
+
 def restore_training_flags(flags: list[tuple[torch.nn.Module, bool]]) -> None:
     """Put `training` flags back to what `training_flags` returned."""
     for module, flag in flags:
