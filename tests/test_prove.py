@@ -127,7 +127,8 @@ def test_a_program_without_a_run_leaves_the_question_open(tmp_path: Path) -> Non
 
 
 def test_a_replay_executes_history_again_and_finds_changed_code(tmp_path: Path) -> None:
-    script = write(tmp_path, EXACT)
+    program = EXACT.replace("checkpoint=4", "checkpoint=4, keep=10")
+    script = write(tmp_path, program)
     train = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -147,8 +148,8 @@ def test_a_replay_executes_history_again_and_finds_changed_code(tmp_path: Path) 
         return done.stdout + done.stderr
 
     assert "steps 8 to 12 executed again: identical in 4 boundaries" in replay(0)
-    script.write_text(EXACT.replace(".mean()", ".sum()"))
+    script.write_text(program.replace(".mean()", ".sum()"))
     assert "step 9, resumed from step 8: `log/loss` should be" in replay(1)
-    script.write_text(EXACT.replace("AdamW(net.parameters())", "AdamW(net.parameters(), eps=1e-7)"))
+    script.write_text(program.replace("AdamW(net.parameters())", "AdamW(net.parameters(), eps=1e-7)"))
     assert "eps` was 1e-08, is 1e-07" in replay(2)
     assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
