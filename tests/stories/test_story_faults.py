@@ -1,7 +1,8 @@
 """O16: each fault of a resume is named with the first step and component that differ, and with its likely cause.
 
-The story: a training of 30 steps saves every fifth and is killed at step 18. Its next life starts from step 15 with
-one fault injected from outside. The journal of an uninterrupted run must convict it, and must acquit a clean one.
+The story: a training of 30 steps saves every fifth and is killed at step 18. Its next life starts from step
+15 with one fault injected from outside. The journal of an uninterrupted run must convict it, and must
+acquit a clean one.
 """
 
 import json
