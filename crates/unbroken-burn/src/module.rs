@@ -3,6 +3,7 @@
 //! Touches: the module's tensors, read only on the way out.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor, TensorData};
@@ -65,16 +66,16 @@ struct Writer<'w, 'a> {
 }
 
 impl Writer<'_, '_> {
-    fn tensor(&mut self, dtype: DType, shape: Shape, fetch: impl FnOnce() -> TensorData + 'static) {
+    /// `fetch` gives the elements in a range of the tensor laid flat.
+    fn tensor(&mut self, dtype: DType, shape: Shape, fetch: impl Fn(Range<usize>) -> TensorData + 'static) {
         if self.result.is_err() {
             return;
         }
         let path = self.path.text();
         self.result = dtype::name(dtype, &path).and_then(|name| {
             let sizes = dtype::sizes(&shape.to_vec());
-            self.out.tensor_with(&path, name, dtype.size(), &sizes, || {
-                Bytes::owned(Raw(fetch().into_parts().0))
-            })
+            let fetch = move |range| Bytes::owned(Raw(fetch(range).into_parts().0));
+            self.out.tensor_in_parts(&path, name, dtype.size(), &sizes, fetch)
         });
     }
 }
@@ -93,17 +94,38 @@ impl ModuleVisitor for Writer<'_, '_> {
             self.trained.push(Value::Str(self.path.text()));
         }
         let tensor = param.transform_for_save().val();
-        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        let count = shape.num_elements();
+        self.tensor(dtype, shape, move |range| {
+            if range.len() == count {
+                return tensor.to_data();
+            }
+            tensor.clone().reshape([count]).slice([range]).into_data()
+        });
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         let tensor = param.transform_for_save().val();
-        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        let count = shape.num_elements();
+        self.tensor(dtype, shape, move |range| {
+            if range.len() == count {
+                return tensor.to_data();
+            }
+            tensor.clone().reshape([count]).slice([range]).into_data()
+        });
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
         let tensor = param.transform_for_save().val();
-        self.tensor(tensor.dtype(), tensor.shape(), move || tensor.into_data());
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        let count = shape.num_elements();
+        self.tensor(dtype, shape, move |range| {
+            if range.len() == count {
+                return tensor.to_data();
+            }
+            tensor.clone().reshape([count]).slice([range]).into_data()
+        });
     }
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {

@@ -4,7 +4,8 @@
 //! tensor's bytes are borrowed until the checkpoint is written, and in a sampled journal only those are asked for that
 //! the step's window covers.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::digest::Fingerprint;
@@ -37,7 +38,7 @@ pub enum Bytes<'a> {
     /// Memory of the program.
     Borrowed(&'a [u8]),
     /// Memory that several tensors may share, and the part of it that is meant.
-    Shared(Arc<dyn AsRef<[u8]> + 'a>, std::ops::Range<usize>),
+    Shared(Arc<dyn AsRef<[u8]> + 'a>, Range<usize>),
 }
 
 impl Bytes<'_> {
@@ -45,6 +46,15 @@ impl Bytes<'_> {
     pub fn owned<'a>(buffer: impl AsRef<[u8]> + 'a) -> Bytes<'a> {
         let length = buffer.as_ref().len();
         Bytes::Shared(Arc::new(buffer), 0..length)
+    }
+
+    fn narrow(self, range: Range<usize>) -> Self {
+        match self {
+            Bytes::Borrowed(bytes) => Bytes::Borrowed(&bytes[range]),
+            Bytes::Shared(buffer, part) => {
+                Bytes::Shared(buffer, part.start + range.start..part.start + range.end)
+            }
+        }
     }
 
     fn as_slice(&self) -> &[u8] {
@@ -59,30 +69,54 @@ impl Bytes<'_> {
 struct Lazy<'a> {
     length: usize,
     bytes: OnceCell<Bytes<'a>>,
-    fetch: std::cell::RefCell<Option<Fetch<'a>>>,
+    fetch: Fetch<'a>,
 }
 
-type Fetch<'a> = Box<dyn FnOnce() -> Bytes<'a> + 'a>;
+type FetchAll<'a> = Box<dyn FnOnce() -> Bytes<'a> + 'a>;
+type FetchSome<'a> = Box<dyn Fn(Range<usize>) -> Bytes<'a> + 'a>;
 
-impl<'a> Lazy<'a> {
+/// How bytes are fetched.
+enum Fetch<'a> {
+    /// All of them.
+    Whole(RefCell<Option<FetchAll<'a>>>),
+    /// Those of some elements, of this size each.
+    Parts(FetchSome<'a>, usize),
+}
+
+impl Lazy<'_> {
     fn get(&self) -> Result<&[u8]> {
-        let bytes = self.bytes.get_or_init(|| {
-            let fetch = self
-                .fetch
-                .borrow_mut()
-                .take()
-                .expect("bytes that are not there yet have a way to be fetched");
-            fetch()
+        let bytes = self.bytes.get_or_init(|| match &self.fetch {
+            Fetch::Whole(fetch) => {
+                let fetch = fetch.borrow_mut().take();
+                fetch.expect("bytes that are not there yet have a way to be fetched")()
+            }
+            Fetch::Parts(fetch, size) => fetch(0..self.length / size),
         });
-        let bytes = bytes.as_slice();
-        if bytes.len() != self.length {
-            let (expected, found) = (self.length, bytes.len());
-            return Err(Error::invalid(format!(
-                "a tensor of {expected} bytes by its shape has {found}"
-            )));
-        }
-        Ok(bytes)
+        check_length(self.length, bytes.as_slice())?;
+        Ok(bytes.as_slice())
     }
+
+    /// Some of the bytes; the others are fetched only if there is no other way.
+    fn part(&self, range: Range<usize>) -> Result<Bytes<'_>> {
+        if let (Fetch::Parts(fetch, size), None) = (&self.fetch, self.bytes.get()) {
+            let elements = range.start / size..range.end.div_ceil(*size);
+            let (first, length) = (elements.start * size, elements.len() * size);
+            let bytes = fetch(elements);
+            check_length(length, bytes.as_slice())?;
+            return Ok(bytes.narrow(range.start - first..range.end - first));
+        }
+        Ok(Bytes::Borrowed(&self.get()?[range]))
+    }
+}
+
+fn check_length(expected: usize, bytes: &[u8]) -> Result<()> {
+    if bytes.len() == expected {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "a tensor of {expected} bytes by its shape has {}",
+        bytes.len()
+    )))
 }
 
 impl From<i64> for Value {
@@ -251,6 +285,41 @@ impl<'a> StateWriter<'a> {
         shape: &[u64],
         fetch: impl FnOnce() -> Bytes<'a> + 'a,
     ) -> Result<()> {
+        let fetch = Fetch::Whole(RefCell::new(Some(Box::new(fetch))));
+        self.lazy(name, dtype, element_size, shape, fetch)
+    }
+
+    /// Like [`StateWriter::tensor_with`], for tensors of which some elements can be had for less than all of them:
+    /// `fetch` is given their range in row-major order.
+    ///
+    /// # Errors
+    ///
+    /// As [`StateWriter::tensor_with`].
+    pub fn tensor_in_parts(
+        &mut self,
+        name: &str,
+        dtype: &str,
+        element_size: usize,
+        shape: &[u64],
+        fetch: impl Fn(Range<usize>) -> Bytes<'a> + 'a,
+    ) -> Result<()> {
+        self.lazy(
+            name,
+            dtype,
+            element_size,
+            shape,
+            Fetch::Parts(Box::new(fetch), element_size.max(1)),
+        )
+    }
+
+    fn lazy(
+        &mut self,
+        name: &str,
+        dtype: &str,
+        element_size: usize,
+        shape: &[u64],
+        fetch: Fetch<'a>,
+    ) -> Result<()> {
         let count = shape
             .iter()
             .try_fold(1u64, |count, size| count.checked_mul(*size));
@@ -261,7 +330,7 @@ impl<'a> StateWriter<'a> {
         self.storages.push(Lazy {
             length,
             bytes: OnceCell::new(),
-            fetch: std::cell::RefCell::new(Some(Box::new(fetch))),
+            fetch,
         });
         let mut strides = vec![1i64; shape.len()];
         for place in (1..shape.len()).rev() {
@@ -363,12 +432,13 @@ impl<'a> StateWriter<'a> {
         let mut pieces = Vec::new();
         cut(storages, start, tail, &mut pieces)?;
         cut(storages, 0, length - tail, &mut pieces)?;
+        let pieces: Vec<&[u8]> = pieces.iter().map(Bytes::as_slice).collect();
         Ok(Fingerprint::of_window(&pieces, 0, length))
     }
 }
 
 /// Collects bytes `[start, start + length)` of storages laid end to end; those outside are not fetched.
-fn cut<'s>(storages: &'s [Lazy<'_>], start: u64, length: u64, pieces: &mut Vec<&'s [u8]>) -> Result<()> {
+fn cut<'s>(storages: &'s [Lazy<'_>], start: u64, length: u64, pieces: &mut Vec<Bytes<'s>>) -> Result<()> {
     let (mut skip, mut left) = (start, length);
     for storage in storages {
         let size = storage.length as u64;
@@ -380,7 +450,7 @@ fn cut<'s>(storages: &'s [Lazy<'_>], start: u64, length: u64, pieces: &mut Vec<&
             continue;
         }
         let taken = left.min(size - skip);
-        pieces.push(&storage.get()?[skip as usize..(skip + taken) as usize]);
+        pieces.push(storage.part(skip as usize..(skip + taken) as usize)?);
         left -= taken;
         skip = 0;
     }
@@ -654,6 +724,20 @@ mod tests {
         digest(5);
         digest(6);
         assert_eq!(*asked.borrow(), ["b", "c", "a"]);
+    }
+
+    #[test]
+    fn a_tensor_given_in_parts_has_the_digests_of_the_whole() {
+        let numbers: Vec<u32> = (0..50_000).collect();
+        let all = bytes_of(&numbers);
+        for wanted in (0..7).map(Wanted::Windows).chain([Wanted::All]) {
+            let (mut whole, mut parts) = (StateWriter::new(wanted), StateWriter::new(wanted));
+            whole.tensor("n", &[50_000], &numbers).unwrap();
+            let fetch = |range: Range<usize>| Bytes::Borrowed(&all[range.start * 4..range.end * 4]);
+            parts.tensor_in_parts("n", "uint32", 4, &[50_000], fetch).unwrap();
+            assert_eq!(whole.digests().unwrap(), parts.digests().unwrap(), "{wanted:?}");
+            assert_eq!(parts.finish().unwrap().1, [all]);
+        }
     }
 
     #[test]
