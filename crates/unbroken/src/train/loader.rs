@@ -417,7 +417,9 @@ mod tests {
         }
     }
 
-    fn contents(loader: &Loader<Vec<(u64, u64)>>, from: u64) -> Vec<(Vec<u64>, Vec<(u64, u64)>)> {
+    type Squared = Vec<(u64, u64)>;
+
+    fn contents(loader: &Loader<Vec<(u64, u64)>>, from: u64) -> Vec<(Vec<u64>, Squared)> {
         let pass = loader.pass(5, 2, from).unwrap();
         pass.map(|batch| batch.map(|batch| (batch.indices, batch.content)).unwrap())
             .collect()
