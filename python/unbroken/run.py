@@ -401,7 +401,7 @@ class Run:
         self._place = _Place(**tree["run"])
         self._metrics = dict(checkpoint.info.metrics)
         self._saved_loaders = dict(tree["loaders"])
-        self._origins = dict(tree["origins"])
+        self._origins = dict(tree["untouched"]["origins"])
         self._recorded_identity = checkpoint.info.identity
         self.state.update(snapshot.raise_plain(tree["state"], checkpoint, path="state"))
 
@@ -496,7 +496,7 @@ class Run:
         plan.apply()
         self.state.clear()
         self.state.update(snapshot.raise_plain(checkpoint.tree["state"], checkpoint, path="state"))
-        rng.restore(checkpoint.tree["generators"])
+        rng.restore({**checkpoint.tree["generators"], **checkpoint.tree["untouched"]["generators"]})
         self._restore = None
 
     def _record_restored(self) -> None:
@@ -785,6 +785,15 @@ class Run:
                 steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
                 self._say(f"{steps} executed again: identical")
 
+    def _captured_generators(self) -> dict[str, Any]:
+        # Comparisons of checkpoints leave the entry "untouched" out (docs/format.md, "Trees").
+        captured = rng.capture()
+        unused = [n for n in ("python", "numpy", "torch") if (f"rng/{n}", "untouched") in self._generators()]
+        return {
+            "generators": {name: state for name, state in captured.items() if name not in unused},
+            "untouched": {"generators": {name: captured[name] for name in unused}, "origins": self._origins},
+        }
+
     def _generators(self) -> list[digests.Component]:
         # A generator that nobody seeded and nobody draws from differs from run to run, and means nothing.
         return [
@@ -837,8 +846,7 @@ class Run:
             "run": self._place.lowered(),
             "objects": captured.tree,
             "state": captured.values["state"],
-            "generators": rng.capture(),
-            "origins": self._origins,
+            **self._captured_generators(),
             "loaders": {**self._unopened_loaders(), **self._loader_states()},
         }
         self._proof.reached(f"saving:{self.step}")

@@ -124,7 +124,7 @@ pub fn compare_checkpoints(
         path: String::new(),
         leaves: Vec::new(),
     };
-    comparer.compare(expected.tree(), found.tree())?;
+    comparer.compare(&expected.tree().compared(), &found.tree().compared())?;
     Ok(comparer.leaves)
 }
 

@@ -207,7 +207,7 @@ pub fn compare_states(expected: &Checkpoint, found: &Checkpoint) -> Result<Vec<L
         },
         leaves: Vec::new(),
     };
-    walk.value("", expected.tree(), found.tree())?;
+    walk.value("", &expected.tree().compared(), &found.tree().compared())?;
     let rank = |leaf: &Leaf| match leaf.path.split('/').next() {
         Some("loaders") => 0,
         Some("generators") => 1,

@@ -5,6 +5,10 @@
 
 use std::fmt;
 
+/// Top-level entry of a checkpoint's tree for what a resume puts back though nothing has used it yet, such as a
+/// generator that nobody seeded and nobody draws from: two runs may differ in it and be equal.
+pub const UNTOUCHED: &str = "untouched";
+
 /// One value of the tree. Types survive: a tuple comes back as a tuple, an integer key as an integer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Value {
@@ -68,6 +72,19 @@ impl Value {
         Value::BigInt {
             negative,
             magnitude: digits.to_vec(),
+        }
+    }
+
+    /// A checkpoint's tree as comparisons see it: without its entry [`UNTOUCHED`].
+    pub fn compared(&self) -> Value {
+        match self {
+            Value::Dict(entries) => {
+                let kept = entries
+                    .iter()
+                    .filter(|(key, _)| !matches!(key, Value::Str(name) if name == UNTOUCHED));
+                Value::Dict(kept.cloned().collect())
+            }
+            other => other.clone(),
         }
     }
 
