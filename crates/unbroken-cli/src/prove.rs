@@ -26,8 +26,9 @@ use plan::{Course, Stop, Trial};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The program must use unbroken.Run; it is run as it is. Its runs are written to directories of the trials' own, other \
-files that it writes are its own matter: with --jobs 1 no two of its processes run at once.")]
+The program must use unbroken.Run; it is run as it is. Its runs are written to directories of the
+trials' own, other files that it writes are its own matter: with --jobs 1 no two of its processes
+run at once.")]
 pub(crate) struct Prove {
     /// Prove this many steps only
     #[arg(long, value_name = "N")]

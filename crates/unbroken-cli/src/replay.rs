@@ -23,7 +23,7 @@ use crate::words::value;
 pub(crate) struct Replay {
     /// Run directory with the history
     pub(crate) run: PathBuf,
-    /// Start from the newest checkpoint at or before this step; by default from the oldest that is there
+    /// Start from the newest checkpoint at or before this step; by default the oldest
     #[arg(long, value_name = "STEP")]
     pub(crate) from: Option<u64>,
     /// Execute up to this step; by default to the end of the history
