@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -21,6 +22,9 @@ use crate::store::{self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECT
 
 const CONFIG: &str = "run.toml";
 const LOCK: &str = "lock";
+/// How long a lock that is held is waited for. A killed process takes a moment to die, the longer the more memory it
+/// had, and the same command is often started again within that moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// The largest run.toml that is read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
@@ -123,15 +127,7 @@ impl Run {
         let directory = Directory::new(storage);
         // Looked at before the lock's file is made: a directory that is not ours stays as it is.
         check_seed(&directory, &inspect(&directory)?, options)?;
-        let lock = match directory.lock(LOCK)? {
-            Claim::Held(lock) => lock,
-            Claim::Refused(holder) => {
-                return Err(Error::Locked {
-                    path: directory.path(LOCK),
-                    holder,
-                });
-            }
-        };
+        let lock = take_lock(&directory)?;
         let nature = inspect(&directory)?; // Somebody may have made it a run meanwhile.
         check_seed(&directory, &nature, options)?;
         let config = match nature {
@@ -482,6 +478,26 @@ impl Run {
             Pen::Writing { writer, last } => Ok((writer, last)),
             Pen::Idle => Err(Error::invalid("the run has not begun: call begin first")),
             Pen::Closed => Err(closed()),
+        }
+    }
+}
+
+/// Takes the lock, waiting a little for a holder that may be dying.
+fn take_lock(directory: &Directory) -> Result<Box<dyn Lock>> {
+    let begun = Instant::now();
+    loop {
+        match directory.lock(LOCK)? {
+            Claim::Held(lock) => return Ok(lock),
+            // This process itself will not let go while it waits here.
+            Claim::Refused(holder)
+                if holder == Some(std::process::id()) || begun.elapsed() >= LOCK_PATIENCE =>
+            {
+                return Err(Error::Locked {
+                    path: directory.path(LOCK),
+                    holder,
+                });
+            }
+            Claim::Refused(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }
 }
