@@ -6,6 +6,7 @@ Touches: nothing by itself; each turn asks the run for its boundary and the sess
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,8 +146,12 @@ class Batches(Iterator[Any]):
 
     def _refuse_enumerate(self) -> None:
         # enumerate() counts from 0 in each process, so code that uses the number does other things after a resume.
-        if self._positions or self.run._allowed("enumerate"):
+        # Looking for the holder walks the heap, so each place in the program is looked at once.
+        frame = sys._getframe(3)
+        place = (frame.f_code, frame.f_lineno)
+        if self._positions or place in self.run._loops_seen or self.run._allowed("enumerate"):
             return
+        self.run._loops_seen.add(place)
         if any(type(holder) is enumerate for holder in gc.get_referrers(self)):
             raise NotExact(
                 "enumerate(run.batches(...))",

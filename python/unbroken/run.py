@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
 
 from . import _core, notices
@@ -175,6 +176,7 @@ class Run:
         self._slots: dict[str, _LoaderSlot] = {}
         self._saved_loaders: dict[str, dict[str, Any]] = {}
         self._retired: set[str] = set()
+        self._loops_seen: set[tuple[CodeType, int]] = set()
         # Digest of each generator at step 0.
         self._origins: dict[str, bytes] = {}
         self._identity: dict[str, Any] = {}
