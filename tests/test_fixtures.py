@@ -25,4 +25,4 @@ def test_a_run_of_version_1_opens_with_the_weights_it_was_saved_with() -> None:
 def test_a_journal_of_version_1_opens() -> None:
     boundaries = read_journal(FIXTURES / "torch-net" / "run")
     assert [(b["step"], b["phase"]) for b in boundaries] == [(1, 0), (2, 0), (3, 0), (3, 1)]
-    assert [name for name, _ in boundaries[0]["components"]][:2] == ["data/indices", "data/batch"]
+    assert list(boundaries[0]["components"])[:2] == ["data/indices", "data/batch"]
