@@ -22,8 +22,9 @@ Component = tuple[str, "bytes | int | float | str"]
 # Up to here a batch is digested whole (about 0.1 ms); of larger tensors, evenly spread windows that add up to it.
 BATCH_BUDGET_BYTES = 1 << 20
 _WINDOWS = 64
-# What a step digests of each part of the state in the sampled level: steps in sequence cover all of it.
+# What a step digests of each part of one object in the sampled level; objects take turns, and windows move on.
 STATE_WINDOW_BYTES = 32 << 10
+PLAIN_STATE_STEPS = 16
 
 
 def batch_digest(batch: Any, *, level: Level) -> bytes:
@@ -120,19 +121,30 @@ def learning_rates(objects: Mapping[str, object]) -> list[Component]:
 
 
 def state_digests(objects: Mapping[str, object], *, step: int, level: Level) -> list[Component]:
-    """Return digests of all tracked state at a boundary, part by part, in causal order.
+    """Return digests of tracked state at a boundary, part by part, in causal order.
 
-    In the sampled level each part contributes the window of its bytes that this step's turn is: a pure function of
-    the step, so that two runs sample alike and every byte is covered once in (bytes / 32 KiB) steps.
+    In the full level every byte of every part. In the sampled level it is the turn of one object, of which each part
+    contributes a window of its bytes, and every sixteenth step of the small plain state: pure functions of the step, so
+    that two runs sample alike, and every byte comes round.
     """
-    digests: list[Component] = []
-    for name, regions in snapshot.regions(objects).items():
-        if level == "full":
-            digests.append((f"state/{name}", _core.digest_memory(regions)))
-            continue
-        total = sum(length for _, length in regions)
-        window = min(total, STATE_WINDOW_BYTES)
-        start = (step * STATE_WINDOW_BYTES) % total if total else 0
-        digests.append((f"state/{name}", _core.digest_window(regions, start, window)))
-    digests.append(("state/plain", snapshot.plain_digest(objects)))
+    if level == "full":
+        digests: list[Component] = [
+            (f"state/{name}", _core.digest_memory(regions))
+            for name, regions in snapshot.regions(objects).items()
+        ]
+        return [*digests, ("state/plain", snapshot.plain_digest(objects))]
+    sampled = [name for name, item in objects.items() if isinstance(item, _SAMPLED)]
+    digests = []
+    if sampled:
+        turn, name = step // len(sampled), sampled[step % len(sampled)]
+        for part, regions in snapshot.regions({name: objects[name]}).items():
+            total = sum(length for _, length in regions)
+            window = min(total, STATE_WINDOW_BYTES)
+            start = (turn * STATE_WINDOW_BYTES) % total if total else 0
+            digests.append((f"state/{part}", _core.digest_window(regions, start, window)))
+    if step % PLAIN_STATE_STEPS == 0:
+        digests.append(("state/plain", snapshot.plain_digest(objects)))
     return digests
+
+
+_SAMPLED = (torch.nn.Module, torch.optim.Optimizer, torch.Tensor)

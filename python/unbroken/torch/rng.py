@@ -58,6 +58,7 @@ def _python_words_slow(generator: random.Random) -> bytes:
 
 _PYTHON_OFFSET = _find_python_words()
 _PYTHON_GLOBAL: random.Random = random.getstate.__self__  # pyright: ignore[reportFunctionMemberAccess]
+_PYTHON_ADDRESS = id(_PYTHON_GLOBAL) + (_PYTHON_OFFSET or 0)
 
 
 def _read_python(generator: random.Random) -> bytes:
@@ -87,6 +88,11 @@ class _Numpy:
         self.random = module.random
         self.state: Any = module.random.get_state.__self__
         self.gauss_offset = self._find_gauss()
+        self._bits: Any = None
+        self._address: int | None = None
+        self._gauss_flag = None
+        if self.gauss_offset is not None:
+            self._gauss_flag = ctypes.c_int32.from_address(id(self.state) + self.gauss_offset)
 
     def _find_gauss(self) -> int | None:
         """Return where a RandomState keeps its cached normal (flag, 8 bytes further the number), or None."""
@@ -110,6 +116,17 @@ class _Numpy:
             if ctypes.string_at(id(probe) + found, 4) != bytes(4):
                 return None
         return offset
+
+    def region(self) -> tuple[int, int] | None:
+        """Return where the state lies that `read` would return, or None where it takes more than that."""
+        bits = self.random.get_bit_generator()
+        if bits is not self._bits:
+            self._bits = bits
+            plain = type(bits).__name__ == _TWISTER and self.gauss_offset is not None
+            self._address = bits.ctypes.state_address if plain else None
+        if self._address is None or self._gauss_flag is None or self._gauss_flag.value:
+            return None
+        return self._address, _NUMPY_BYTES
 
     def read(self) -> bytes:
         bits = self.random.get_bit_generator()
@@ -322,13 +339,30 @@ def _size(data: object) -> str:
 
 def digests() -> list[tuple[str, bytes]]:
     """Return a digest (16 bytes) of each global generator, by name; a few microseconds, none is advanced."""
-    state = read_globals()
-    found = [("rng/python", _core.digest_bytes(state.python))]
-    if state.numpy is not None:
-        found.append(("rng/numpy", _core.digest_bytes(state.numpy)))
-    found.append(("rng/torch", _core.digest_bytes(state.torch)))
-    found.extend((f"rng/cuda:{index}", _core.digest_bytes(data)) for index, data in enumerate(state.cuda))
-    return found
+    cpu = torch.default_generator.get_state()
+    regions = [(cpu.data_ptr(), cpu.numel())]
+    names = ["rng/torch"]
+    slow: list[tuple[str, bytes]] = []
+    # What lies in memory as it would be read is digested there; a cached normal goes the long way.
+    # `cpu` is kept until then: its memory is among the regions.
+    if _PYTHON_OFFSET is not None and _PYTHON_GLOBAL.gauss_next is None:  # pyright: ignore[reportAttributeAccessIssue]
+        names.append("rng/python")
+        regions.append((_PYTHON_ADDRESS, _PYTHON_BYTES))
+    else:
+        slow.append(("rng/python", _core.digest_bytes(_read_python(_PYTHON_GLOBAL))))
+    numpy = _numpy()
+    if numpy is not None:
+        region = numpy.region()
+        if region is not None:
+            names.append("rng/numpy")
+            regions.append(region)
+        else:
+            slow.append(("rng/numpy", _core.digest_bytes(numpy.read())))
+    cuda = [_torch_bytes(generator) for generator in _cuda_generators()]
+    slow.extend((f"rng/cuda:{index}", _core.digest_bytes(data)) for index, data in enumerate(cuda))
+    found = dict([*zip(names, _core.digest_each(regions), strict=True), *slow])
+    order = ["rng/python", "rng/numpy", "rng/torch", *(f"rng/cuda:{index}" for index in range(len(cuda)))]
+    return [(name, found[name]) for name in order if name in found]
 
 
 # Generator objects that someone owns.
