@@ -288,7 +288,7 @@ class Recorder:
             raise NotExact(self.name, "the checkpoint has its state_dict, and it has none now")
         load_hook(self._stateful, state["hook"], "sampler")
         # A sampler at the end of its epoch may take a new iterator for the next epoch's.
-        is_over = state["exhausted"] or state["pulls"] == _length(self.sampler)
+        is_over = state["exhausted"] or state["pulls"] == length_of(self.sampler)
         if state["started"]:
             self._iterator = iter(()) if is_over else iter(self.sampler)
         pending = [values.raise_(payload, path="sampler/pending") for payload in state["pending"]]
@@ -476,9 +476,13 @@ class Recorder:
         self.owned.install(Captured(entry["generators"], entry["values"], {}))
 
 
-def _length(sampler: Any) -> int | None:
+def length_of(sized: Any) -> int | None:
+    """Return the length of a sampler or a data set, or None where it has none.
+
+    Many classes of users say that they have none by raising NotImplementedError, as older torch samplers did.
+    """
     try:
-        return len(sampler)
+        return len(sized)
     except (TypeError, NotImplementedError):
         return None
 

@@ -12,7 +12,7 @@ from unbroken.errors import InvalidArgument, MismatchError, NotExact
 from unbroken.torch.data.iterable import NativeIterable
 from unbroken.torch.data.keyed import KeyedMap
 from unbroken.torch.data.native import NativeMap
-from unbroken.torch.data.sampler import is_torchs_own, kind_of
+from unbroken.torch.data.sampler import is_torchs_own, kind_of, length_of
 
 Value = Any
 Mode = Literal["native", "keyed"]
@@ -109,11 +109,11 @@ class Session:
         facts: dict[str, Value] = {
             "mode": self.mode,
             "dataset.type": _type_name(type(loader.dataset)),
-            "dataset.length": _length(loader.dataset) if is_map else None,
+            "dataset.length": length_of(loader.dataset) if is_map else None,
             "batch_size": loader.batch_size,
             "drop_last": loader.drop_last,
             "sampler": kind_of(sampler),
-            "sampler.length": _length(sampler) if is_map else None,
+            "sampler.length": length_of(sampler) if is_map else None,
             "collate": _function_name(loader.collate_fn),
         }
         if self.mode == "native":
@@ -258,13 +258,6 @@ def _make_pass(loader: DataLoader[Any], mode: Mode, seed: int) -> Pass:
     if mode == "keyed":
         return KeyedMap(loader, seed)
     return NativeIterable(loader) if loader._dataset_kind == _DatasetKind.Iterable else NativeMap(loader)
-
-
-def _length(sized: Any) -> int | None:
-    try:
-        return len(sized)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _type_name(kind: type) -> str:
