@@ -61,6 +61,63 @@ fn what_was_written_is_read_back_in_whole_and_in_part() {
 }
 
 #[test]
+fn bytes_are_written_at_any_place_in_any_order_into_a_file_of_reserved_length() {
+    // Large aligned pieces, which the one on disk writes past the page cache, and an unaligned rest.
+    const PIECE: usize = 1 << 20;
+    let bytes: Vec<u8> = (0..3 * PIECE + 4096 + 77)
+        .map(|index| (index / 4096 * 7 + index) as u8)
+        .collect();
+    let mut arena = vec![0u8; bytes.len() + 4096];
+    let aligned = arena.as_ptr().align_offset(4096);
+    arena[aligned..aligned + bytes.len()].copy_from_slice(&bytes);
+    let arena = &arena[aligned..aligned + bytes.len()];
+    on_each(|directory| {
+        let file = directory.create_new("f").unwrap();
+        file.reserve(bytes.len() as u64).unwrap();
+        assert_eq!(directory.open("f").unwrap().len().unwrap(), bytes.len() as u64);
+        for index in [3, 1, 0, 2] {
+            let end = (index * PIECE + PIECE).min(arena.len());
+            file.write_all_at((index * PIECE) as u64, &arena[index * PIECE..end])
+                .unwrap();
+        }
+        file.sync().unwrap();
+        assert!(directory.read_all("f", 1 << 30).unwrap() == bytes);
+        file.reserve(5).unwrap();
+        assert_eq!(directory.read_all("f", 5).unwrap(), &bytes[..5]);
+    });
+}
+
+#[test]
+fn a_file_that_is_nobodys_any_more_is_written_over() {
+    on_each(|directory| {
+        put(directory, "f", &[1; 10_000]);
+        let file = directory.reuse("f").unwrap().expect("nobody else has it");
+        file.reserve(3).unwrap();
+        file.write_all_at(0, b"new").unwrap();
+        file.sync().unwrap();
+        assert_eq!(directory.read_all("f", 100).unwrap(), b"new");
+        assert_eq!(
+            kind(&directory.reuse("nowhere").unwrap_err()),
+            ErrorKind::NotFound
+        );
+    });
+}
+
+#[test]
+fn a_file_that_somebody_else_has_is_not_written_over() {
+    let place = tempfile::tempdir().unwrap();
+    let directory = Directory::new(Arc::new(DiskStorage::open(place.path()).unwrap()));
+    put(&directory, "f", b"kept");
+    let reader = std::fs::File::open(place.path().join("f")).unwrap();
+    assert!(directory.reuse("f").unwrap().is_none(), "it is open");
+    drop(reader);
+    std::fs::hard_link(place.path().join("f"), place.path().join("link")).unwrap();
+    assert!(directory.reuse("f").unwrap().is_none(), "it has another name");
+    std::fs::remove_file(place.path().join("link")).unwrap();
+    assert!(directory.reuse("f").unwrap().is_some());
+}
+
+#[test]
 fn no_name_is_ever_replaced() {
     on_each(|directory| {
         put(directory, "a", b"first");
@@ -242,9 +299,9 @@ fn a_power_cut_takes_what_was_not_synced() {
     let memory = MemoryStorage::new();
     memory.create_dir("d").unwrap();
     let file = memory.create_new("d/f").unwrap();
-    file.write(b"kept").unwrap();
+    file.write_at(0, b"kept").unwrap();
     file.sync().unwrap();
-    file.write(b" lost").unwrap();
+    file.write_at(4, b" lost").unwrap();
     let read = |storage: &MemoryStorage| storage.files().get("d/f").cloned();
     assert_eq!(read(&memory.after_power_cut(Leftovers::Nothing)), None);
     assert_eq!(read(&memory.after_power_cut(Leftovers::Names)).unwrap(), b"kept");

@@ -5,10 +5,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::{Claim, Input, Output, Storage, lock, split};
@@ -16,6 +18,11 @@ use super::{Claim, Input, Output, Storage, lock, split};
 /// Permissions before the user's umask.
 const FILE_MODE: Mode = Mode::from_raw_mode(0o666);
 const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o777);
+
+/// What the address, the place in the file and the length of a write past the page cache are multiples of.
+pub const DIRECT_ALIGNMENT: usize = 4096;
+/// Shorter writes go through the page cache: they are few, and one sync takes them all.
+const DIRECT_FROM: usize = 256 << 10;
 
 /// A directory on disk.
 #[derive(Debug)]
@@ -97,12 +104,25 @@ impl Storage for DiskStorage {
     fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>> {
         let (dir, file) = split(name)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Box::new(DiskFile(rustix::fs::openat(
+        Ok(Box::new(DiskOutput::new(rustix::fs::openat(
             self.parent(dir)?,
             file,
             flags,
             FILE_MODE,
         )?)))
+    }
+
+    fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
+        let (dir, file) = split(name)?;
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(self.parent(dir)?, file, flags, Mode::empty())?;
+        let about = rustix::fs::fstat(&fd)?;
+        let plain = FileType::from_raw_mode(about.st_mode) == FileType::RegularFile;
+        // Another name would be somebody's copy of a run, made of links; so would be a process that still reads it.
+        if !plain || about.st_nlink != 1 || !nobody_else_has_open(&fd) {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(DiskOutput::new(fd))))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
@@ -176,22 +196,103 @@ fn not_plain(what: &str) -> io::Error {
     )
 }
 
-/// An open file, for one of the two directions.
-#[derive(Debug)]
-struct DiskFile(OwnedFd);
+/// Whether this descriptor is the only one of its file, anywhere; no where that cannot be asked.
+#[cfg(target_os = "linux")]
+fn nobody_else_has_open(fd: &OwnedFd) -> bool {
+    // A lease for writing is given for a file that nobody else has open or mapped, and to nobody else.
+    // SAFETY: plain calls on a descriptor that is open, with integers.
+    unsafe {
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) == 0
+            && libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) == 0
+    }
+}
 
-impl Output for DiskFile {
-    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(rustix::io::write(&self.0, bytes)?)
+#[cfg(not(target_os = "linux"))]
+fn nobody_else_has_open(_fd: &OwnedFd) -> bool {
+    false
+}
+
+/// A file being written: through the page cache, and past it where a write is large and aligned.
+#[derive(Debug)]
+struct DiskOutput {
+    fd: OwnedFd,
+    direct: OnceLock<Option<OwnedFd>>,
+    /// A file system that opens a file for direct writes may still refuse them.
+    refused: AtomicBool,
+}
+
+impl DiskOutput {
+    fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            direct: OnceLock::new(),
+            refused: AtomicBool::new(false),
+        }
+    }
+
+    /// The descriptor for a write past the page cache, where this one can be one.
+    fn direct(&self, offset: u64, bytes: &[u8]) -> Option<&OwnedFd> {
+        let aligned = |number: usize| number.is_multiple_of(DIRECT_ALIGNMENT);
+        let suits = bytes.len() >= DIRECT_FROM
+            && aligned(bytes.len())
+            && aligned(bytes.as_ptr() as usize)
+            && offset.is_multiple_of(DIRECT_ALIGNMENT as u64)
+            && !self.refused.load(Ordering::Relaxed);
+        if !suits {
+            return None;
+        }
+        self.direct.get_or_init(|| open_direct(&self.fd)).as_ref()
+    }
+}
+
+/// Opens an open file again, for writes past the page cache.
+#[cfg(target_os = "linux")]
+fn open_direct(fd: &OwnedFd) -> Option<OwnedFd> {
+    let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::openat(
+        CWD,
+        name,
+        OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_direct(_fd: &OwnedFd) -> Option<OwnedFd> {
+    None
+}
+
+impl Output for DiskOutput {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(direct) = self.direct(offset, bytes) {
+            match rustix::io::pwrite(direct, bytes, offset) {
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => self.refused.store(true, Ordering::Relaxed),
+                outcome => return Ok(outcome?),
+            }
+        }
+        Ok(rustix::io::pwrite(&self.fd, bytes, offset)?)
+    }
+
+    fn reserve(&self, length: u64) -> io::Result<()> {
+        rustix::fs::ftruncate(&self.fd, length)?;
+        match rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), 0, length) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()), // Then a full disk shows while writing.
+            outcome => Ok(outcome?),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {
         #[cfg(target_vendor = "apple")]
-        return Ok(rustix::fs::fcntl_fullfsync(self.0.as_fd())?);
+        return Ok(rustix::fs::fcntl_fullfsync(self.fd.as_fd())?);
         #[cfg(not(target_vendor = "apple"))]
-        return Ok(rustix::fs::fsync(self.0.as_fd())?);
+        return Ok(rustix::fs::fsync(self.fd.as_fd())?);
     }
 }
+
+/// A file being read.
+#[derive(Debug)]
+struct DiskFile(OwnedFd);
 
 impl Input for DiskFile {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {

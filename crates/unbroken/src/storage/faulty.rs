@@ -71,6 +71,14 @@ impl FaultyStorage {
         self.plan().operations.clone()
     }
 
+    fn output(&self, output: Box<dyn Output>) -> Box<dyn Output> {
+        Box::new(FaultyOutput {
+            output,
+            plan: Arc::clone(&self.plan),
+            dropped: AtomicBool::new(false),
+        })
+    }
+
     fn plan(&self) -> std::sync::MutexGuard<'_, Plan> {
         self.plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -96,7 +104,10 @@ fn turn(plan: &Mutex<Plan>, operation: &'static str) -> io::Result<Turn> {
     }
     let index = plan.operations.len();
     plan.operations.push(operation);
-    let writes = matches!(operation, "write" | "create" | "create directory" | "rename");
+    let writes = matches!(
+        operation,
+        "write" | "reserve" | "create" | "create directory" | "rename"
+    );
     match plan.fault {
         Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
         Some((planned, fault)) if index == planned => match fault {
@@ -149,11 +160,12 @@ impl Storage for FaultyStorage {
 
     fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>> {
         let output = whole(&self.plan, "create", || self.inner.create_new(name))?;
-        Ok(Box::new(FaultyOutput {
-            output,
-            plan: Arc::clone(&self.plan),
-            dropped: AtomicBool::new(false),
-        }))
+        Ok(self.output(output))
+    }
+
+    fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
+        let output = whole(&self.plan, "reuse", || self.inner.reuse(name))?;
+        Ok(output.map(|output| self.output(output)))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
@@ -201,16 +213,20 @@ struct FaultyOutput {
 }
 
 impl Output for FaultyOutput {
-    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let half = &bytes[..bytes.len().div_ceil(2)];
         match turn(&self.plan, "write")? {
-            Turn::Work | Turn::WorkThenDie => self.output.write(bytes),
-            Turn::Half => self.output.write(half),
+            Turn::Work | Turn::WorkThenDie => self.output.write_at(offset, bytes),
+            Turn::Half => self.output.write_at(offset, half),
             Turn::HalfThenDie => {
-                self.output.write(half)?;
+                self.output.write_at(offset, half)?;
                 Err(dead())
             }
         }
+    }
+
+    fn reserve(&self, length: u64) -> io::Result<()> {
+        whole(&self.plan, "reserve", || self.output.reserve(length))
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -25,7 +25,16 @@ pub enum Leftovers {
 #[derive(Clone, Debug, Default)]
 struct Node {
     bytes: Vec<u8>,
-    synced_len: usize,
+    /// What the last sync made durable; shared, because most files are synced once and then only copied.
+    synced: Arc<Vec<u8>>,
+}
+
+impl Node {
+    fn sync(&mut self) {
+        if self.bytes != *self.synced {
+            self.synced = Arc::new(self.bytes.clone());
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -86,12 +95,12 @@ impl MemoryStorage {
         }
         if leftovers != Leftovers::Everything {
             for node in &mut content.nodes {
-                node.bytes.truncate(node.synced_len);
+                node.bytes = node.synced.to_vec();
             }
         }
         content.synced_names = content.names.clone();
         for node in &mut content.nodes {
-            node.synced_len = node.bytes.len();
+            node.sync();
         }
         Self {
             content: Arc::new(Mutex::new(content)),
@@ -113,10 +122,12 @@ impl MemoryStorage {
     pub fn put(&self, name: &str, bytes: Vec<u8>) {
         let mut content = self.content();
         let node = content.nodes.len();
-        content.nodes.push(Node {
-            synced_len: bytes.len(),
+        let mut written = Node {
             bytes,
-        });
+            ..Node::default()
+        };
+        written.sync();
+        content.nodes.push(written);
         content.names.insert(name.to_owned(), node);
         content.synced_names.insert(name.to_owned(), node);
     }
@@ -175,6 +186,15 @@ impl Storage for MemoryStorage {
             storage: self.clone(),
             node,
         }))
+    }
+
+    fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
+        split(name)?;
+        let node = *self.content().names.get(name).ok_or_else(missing)?;
+        Ok(Some(Box::new(MemoryFile {
+            storage: self.clone(),
+            node,
+        })))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
@@ -286,16 +306,25 @@ struct MemoryFile {
 }
 
 impl Output for MemoryFile {
-    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.storage.content().nodes[self.node]
-            .bytes
-            .extend_from_slice(bytes);
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        let into = &mut self.storage.content().nodes[self.node].bytes;
+        let start = usize::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let end = start + bytes.len();
+        if into.len() < end {
+            into.resize(end, 0);
+        }
+        into[start..end].copy_from_slice(bytes);
         Ok(bytes.len())
     }
 
+    fn reserve(&self, length: u64) -> io::Result<()> {
+        let length = usize::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        self.storage.content().nodes[self.node].bytes.resize(length, 0);
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
-        let node = &mut self.storage.content().nodes[self.node];
-        node.synced_len = node.bytes.len();
+        self.storage.content().nodes[self.node].sync();
         Ok(())
     }
 }

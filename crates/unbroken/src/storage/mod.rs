@@ -15,13 +15,26 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
-/// One file being written, front to back.
+/// One file being written, at any position, from any thread.
 pub trait Output: Send + Sync + fmt::Debug {
-    /// Writes some of `bytes` behind what was written before and returns how many; may be fewer, may be interrupted.
-    fn write(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Writes some of `bytes` at `offset` and returns how many; may be fewer, may be interrupted.
+    ///
+    /// # Durability
+    ///
+    /// None. After a power cut each byte written since the last sync is what it was before, or what was written, or
+    /// zero where the file has grown; each for itself.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Makes what was written survive a power cut. Must not be called again after it failed: the operating system
-    /// may have dropped the pages and would then report success.
+    /// Makes the file exactly `length` bytes long and sets the space for all of it aside, where the file system can.
+    /// Bytes that are new are zero.
+    ///
+    /// # Durability
+    ///
+    /// None. After a power cut the length may be what it was before.
+    fn reserve(&self, length: u64) -> io::Result<()>;
+
+    /// Makes what was written, and the length, survive a power cut. Must not be called again after it failed: the
+    /// operating system may have dropped the pages and would then report success.
     fn sync(&self) -> io::Result<()>;
 }
 
@@ -63,24 +76,52 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn location(&self) -> &Path;
 
     /// Makes a directory below the root; one that is there already is fine.
+    ///
+    /// # Durability
+    ///
+    /// As a name in its parent: with the parent's [`Storage::sync_dir`].
     fn create_dir(&self, name: &str) -> io::Result<()>;
 
     /// Makes an empty file and opens it for writing; `AlreadyExists` if the name is taken.
+    ///
+    /// # Durability
+    ///
+    /// The name survives a power cut after [`Storage::sync_dir`], the bytes after [`Output::sync`]; neither waits for
+    /// the other.
     fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>>;
+
+    /// Opens a file that is there for writing over its bytes, which keeps its blocks on the disk. `None` where
+    /// anybody else could see the bytes change: the file has another name, or somebody has it open; or where that
+    /// cannot be known. The caller has made sure that its bytes are nobody's any more, also after a power cut.
+    ///
+    /// # Durability
+    ///
+    /// Changes nothing by itself. The name that the file had before the last [`Storage::sync_dir`] may lead to it
+    /// after a power cut, and then to what was written over its bytes.
+    fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>>;
 
     /// Opens a plain file for reading; follows no link and refuses whatever is not a plain file.
     fn open(&self, name: &str) -> io::Result<Box<dyn Input>>;
 
     /// Gives a file another name; `AlreadyExists` if that name is taken. Never replaces.
+    ///
+    /// # Durability
+    ///
+    /// The new name survives a power cut after [`Storage::sync_dir`] of its directory, the old one is gone for good
+    /// after that of its own. Before, there may be both, either or, between two directories, neither.
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()>;
 
-    /// Makes the names in a directory (`""` is the root) survive a power cut.
+    /// Makes the names in a directory (`""` is the root) survive a power cut, and those that are gone from it be gone.
     fn sync_dir(&self, name: &str) -> io::Result<()>;
 
     /// Returns the names in a directory (`""` is the root), in no order.
     fn list(&self, name: &str) -> io::Result<Vec<String>>;
 
     /// Removes a file (or a link, never what it leads to).
+    ///
+    /// # Durability
+    ///
+    /// The name may come back after a power cut until [`Storage::sync_dir`].
     fn remove(&self, name: &str) -> io::Result<()>;
 
     /// Returns how many bytes can still be written.
@@ -159,12 +200,22 @@ impl Directory {
     /// `Io` with `AlreadyExists` if the name is taken.
     pub fn create_new(&self, name: &str) -> Result<File> {
         let output = self.told("create", name, uninterrupted(|| self.storage.create_new(name)))?;
-        Ok(File {
+        Ok(self.file(output, name))
+    }
+
+    /// Opens a file for writing over its bytes; `None` where somebody else could see them change.
+    pub fn reuse(&self, name: &str) -> Result<Option<File>> {
+        let output = self.told("reuse", name, uninterrupted(|| self.storage.reuse(name)))?;
+        Ok(output.map(|output| self.file(output, name)))
+    }
+
+    fn file(&self, output: Box<dyn Output>, name: &str) -> File {
+        File {
             output: output.into(),
             directory: self.clone(),
             name: name.to_owned(),
             written: 0,
-        })
+        }
     }
 
     /// Opens a plain file for reading.
@@ -284,19 +335,40 @@ impl File {
         self.written
     }
 
-    /// Writes all of `bytes`. After an error, how many of them arrived is in [`File::written`].
+    /// Writes all of `bytes` behind what this wrote before. After an error, how many arrived is in [`File::written`].
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        let outcome = self.write_from(self.written, bytes, &mut done);
+        self.written += done;
+        outcome
+    }
+
+    /// Writes all of `bytes` at `offset`. Threads may do so at once, each in a place of its own.
+    pub fn write_all_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_from(offset, bytes, &mut 0)
+    }
+
+    fn write_from(&self, offset: u64, bytes: &[u8], done: &mut u64) -> Result<()> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            let outcome = match uninterrupted(|| self.output.write(rest)) {
+            let outcome = match uninterrupted(|| self.output.write_at(offset + *done, rest)) {
                 Ok(0) => Err(io::ErrorKind::WriteZero.into()),
                 outcome => outcome,
             };
             let count = self.directory.told("write", &self.name, outcome)?;
             rest = &rest[count..];
-            self.written += count as u64;
+            *done += count as u64;
         }
         Ok(())
+    }
+
+    /// Makes the file exactly `length` bytes long, their space set aside.
+    pub fn reserve(&self, length: u64) -> Result<()> {
+        self.directory.told(
+            "reserve space for",
+            &self.name,
+            uninterrupted(|| self.output.reserve(length)),
+        )
     }
 
     /// Makes what was written survive a power cut. An error is final: write another file.
