@@ -22,6 +22,51 @@ pub enum Leftovers {
     Everything,
 }
 
+/// One change that somebody made, for tests that build every disk that a power cut may leave of a history.
+///
+/// A file is known by its number: it keeps it when it is renamed, and after its last name is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A directory was made.
+    CreateDir(String),
+    /// An empty file was made.
+    Create {
+        /// Its number.
+        file: usize,
+        /// Its name.
+        name: String,
+    },
+    /// Bytes were written to a file.
+    Write {
+        /// Its number.
+        file: usize,
+        /// Where they begin.
+        offset: usize,
+        /// What was written.
+        bytes: Vec<u8>,
+    },
+    /// A file was cut, or made longer with zeros.
+    Resize {
+        /// Its number.
+        file: usize,
+        /// Its length from then on.
+        length: usize,
+    },
+    /// A file's bytes were made to survive.
+    Sync(usize),
+    /// A directory's names were made to survive.
+    SyncDir(String),
+    /// A file got another name.
+    Rename {
+        /// Its name until then.
+        from: String,
+        /// Its name from then on.
+        to: String,
+    },
+    /// A name was removed.
+    Remove(String),
+}
+
 #[derive(Clone, Debug, Default)]
 struct Node {
     bytes: Vec<u8>,
@@ -46,6 +91,16 @@ struct Content {
     names: BTreeMap<String, usize>,
     synced_names: BTreeMap<String, usize>,
     locked: bool,
+    /// What was done since recording began; nothing is kept before.
+    history: Option<Vec<Effect>>,
+}
+
+impl Content {
+    fn note(&mut self, effect: impl FnOnce() -> Effect) {
+        if let Some(history) = &mut self.history {
+            history.push(effect());
+        }
+    }
 }
 
 /// Files in memory.
@@ -81,6 +136,7 @@ impl MemoryStorage {
     pub fn after_power_cut(&self, leftovers: Leftovers) -> Self {
         let mut content = self.content().clone();
         content.locked = false;
+        content.history = None;
         let inside = |file: &str, dir: &str| file.rsplit_once('/').map_or("", |(parent, _)| parent) == dir;
         match leftovers {
             Leftovers::Nothing => content.names = content.synced_names.clone(),
@@ -132,6 +188,21 @@ impl MemoryStorage {
         content.synced_names.insert(name.to_owned(), node);
     }
 
+    /// Begins to record what is done to it, from an empty history on.
+    pub fn record(&self) {
+        self.content().history = Some(Vec::new());
+    }
+
+    /// Returns what was done since recording began.
+    pub fn history(&self) -> Vec<Effect> {
+        self.content().history.clone().unwrap_or_default()
+    }
+
+    /// Returns every file's name and number in the history.
+    pub fn numbers(&self) -> BTreeMap<String, usize> {
+        self.content().names.clone()
+    }
+
     /// Returns a copy that shares nothing with this one.
     pub fn fork(&self) -> Self {
         let content = Content {
@@ -166,7 +237,9 @@ impl Storage for MemoryStorage {
         if content.names.contains_key(name) {
             return Err(io::ErrorKind::NotADirectory.into());
         }
-        content.directories.insert(name.to_owned());
+        if content.directories.insert(name.to_owned()) {
+            content.note(|| Effect::CreateDir(name.to_owned()));
+        }
         Ok(())
     }
 
@@ -182,6 +255,10 @@ impl Storage for MemoryStorage {
         let node = content.nodes.len();
         content.nodes.push(Node::default());
         content.names.insert(name.to_owned(), node);
+        content.note(|| Effect::Create {
+            file: node,
+            name: name.to_owned(),
+        });
         Ok(Box::new(MemoryFile {
             storage: self.clone(),
             node,
@@ -226,6 +303,10 @@ impl Storage for MemoryStorage {
         }
         content.names.remove(from);
         content.names.insert(to.to_owned(), node);
+        content.note(|| Effect::Rename {
+            from: from.to_owned(),
+            to: to.to_owned(),
+        });
         Ok(())
     }
 
@@ -243,6 +324,7 @@ impl Storage for MemoryStorage {
             .collect();
         content.synced_names.retain(|file, _| !inside(file));
         content.synced_names.extend(live);
+        content.note(|| Effect::SyncDir(name.to_owned()));
         Ok(())
     }
 
@@ -266,7 +348,9 @@ impl Storage for MemoryStorage {
         if content.directories.contains(name) {
             return Err(io::ErrorKind::IsADirectory.into());
         }
-        content.names.remove(name).map(drop).ok_or_else(missing)
+        content.names.remove(name).ok_or_else(missing)?;
+        content.note(|| Effect::Remove(name.to_owned()));
+        Ok(())
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
@@ -307,24 +391,37 @@ struct MemoryFile {
 
 impl Output for MemoryFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        let into = &mut self.storage.content().nodes[self.node].bytes;
+        let mut content = self.storage.content();
         let start = usize::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
         let end = start + bytes.len();
+        let into = &mut content.nodes[self.node].bytes;
         if into.len() < end {
             into.resize(end, 0);
         }
         into[start..end].copy_from_slice(bytes);
+        content.note(|| Effect::Write {
+            file: self.node,
+            offset: start,
+            bytes: bytes.to_vec(),
+        });
         Ok(bytes.len())
     }
 
     fn reserve(&self, length: u64) -> io::Result<()> {
         let length = usize::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.storage.content().nodes[self.node].bytes.resize(length, 0);
+        let mut content = self.storage.content();
+        content.nodes[self.node].bytes.resize(length, 0);
+        content.note(|| Effect::Resize {
+            file: self.node,
+            length,
+        });
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.storage.content().nodes[self.node].sync();
+        let mut content = self.storage.content();
+        content.nodes[self.node].sync();
+        content.note(|| Effect::Sync(self.node));
         Ok(())
     }
 }
