@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Write a checkpoint's tensors to a .safetensors file
     Export(Export),
+    /// Start a new run at a checkpoint, sharing its tensors
+    Fork(crate::fork::Fork),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
     /// Execute recorded steps again under today's environment and compare them

@@ -1,7 +1,7 @@
 //! The `unbroken` program as a library: arguments, words and exit codes.
 //!
-//! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune` and `export`
-//! write to disk.
+//! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune`, `fork` and
+//! `export` write to disk.
 
 mod answer;
 mod arguments;
@@ -9,6 +9,7 @@ mod certify;
 mod diff;
 mod explain;
 mod export;
+mod fork;
 mod leaves;
 mod list;
 mod log;
@@ -67,6 +68,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
+        Command::Fork(command) => fork::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),
         Command::Prove(command) => prove::run(command, &mut streams),
     };

@@ -20,6 +20,7 @@ pub mod compare;
 pub mod digest;
 pub mod elements;
 pub mod error;
+pub mod fork;
 pub mod format;
 pub mod journal;
 pub mod key;

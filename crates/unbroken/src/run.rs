@@ -21,7 +21,7 @@ use crate::storage::{Claim, Directory, Lock, Storage, not_found};
 use crate::store::{self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP};
 
 const CONFIG: &str = "run.toml";
-const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
 /// How long a lock that is held is waited for. A killed process takes a moment to die, the longer the more memory it
 /// had, and the same command is often started again within that moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -43,9 +43,9 @@ pub struct Options {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
     pub(crate) id: String,
-    seed: u64,
+    pub(crate) seed: u64,
     created: String,
-    settings: Vec<(String, Value)>,
+    pub(crate) settings: Vec<(String, Value)>,
 }
 
 /// What a directory is before anything in it is changed.
@@ -224,6 +224,10 @@ impl Run {
         })
     }
 
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         self.directory.location()
@@ -395,7 +399,17 @@ impl Run {
             let text = format!("boundary ({step}, {phase}) is before the newest checkpoint's, {newest:?}");
             return Err(Error::invalid(text));
         }
-        // The manifest names the journal's head, so the head is made durable first. Recording may go on meanwhile.
+        let journal_head = self.durable_head(step, phase)?;
+        let info = store.commit(commit, self.life, now(), journal_head)?;
+        if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
+            writer.forget_before(step, phase);
+        }
+        Ok(info)
+    }
+
+    /// Syncs the journal and returns its chain hash at a boundary: a manifest names it, so it is made durable first.
+    /// Recording may go on meanwhile.
+    pub(crate) fn durable_head(&self, step: u64, phase: u8) -> Result<Digest> {
         let (journal_head, syncer) = {
             let mut pen = guard(&self.journal);
             let (writer, _) = self.writing(&mut pen)?;
@@ -408,11 +422,7 @@ impl Run {
             }
             return Err(error);
         }
-        let info = store.commit(commit, self.life, now(), journal_head)?;
-        if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
-            writer.forget_before(step, phase);
-        }
-        Ok(info)
+        Ok(journal_head)
     }
 
     /// Deletes checkpoints that the policy does not keep, and returns their names, oldest first.
@@ -716,16 +726,16 @@ fn read_config(directory: &Directory) -> Result<Option<Config>> {
 pub(crate) fn open_to_read(path: &Path) -> Result<(Directory, Config)> {
     let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
     let directory = Directory::new(Arc::new(storage));
-    match read_config(&directory)? {
-        Some(config) => Ok((directory, config)),
-        None => {
-            let what = format!("not a run directory: it has no {CONFIG}");
-            Err(Error::Format {
-                path: Some(path.to_path_buf()),
-                what,
-            })
-        }
-    }
+    let config = require_config(&directory)?;
+    Ok((directory, config))
+}
+
+/// Reads `run.toml` of a directory that has to be a run's.
+pub(crate) fn require_config(directory: &Directory) -> Result<Config> {
+    read_config(directory)?.ok_or_else(|| Error::Format {
+        path: Some(directory.location().to_path_buf()),
+        what: format!("not a run directory: it has no {CONFIG}"),
+    })
 }
 
 /// Opens a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).

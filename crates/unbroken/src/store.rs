@@ -106,6 +106,11 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// The run directory that it lies in.
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
     /// What its manifest says of it.
     pub fn info(&self) -> &CheckpointInfo {
         &self.info

@@ -64,8 +64,7 @@ impl DiskStorage {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {} // Another process was as fast.
                 Err(error) => return Err(error),
             }
-            let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty());
-            fs::File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
+            fs::File::open(parent_of(directory))?.sync_all()?;
         }
         Self::open(path)
     }
@@ -82,6 +81,108 @@ impl DiskStorage {
             Mode::empty(),
         )?)
     }
+}
+
+/// A directory that is filled beside its place and then takes it, whole, with one rename.
+///
+/// It is called `.NAME.RANDOM.unfinished` until then. Dropped before, it is removed with what is in it; one that a killed
+/// process left is removed by the next that stages the same place, which sees that nobody holds its lock.
+#[derive(Debug)]
+pub struct Staging {
+    path: PathBuf,
+    place: PathBuf,
+    published: bool,
+}
+
+const UNFINISHED: &str = ".unfinished";
+
+impl Staging {
+    /// Makes an empty directory beside `place`, and the missing parents of both. `random` makes its name unlike others.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyExists` where `place` is anything but an empty directory or nothing.
+    pub fn begin(place: &Path, random: &str, lock_name: &str) -> io::Result<Self> {
+        check_vacant(place)?;
+        let name = place
+            .file_name()
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?
+            .to_string_lossy();
+        let parent = parent_of(place);
+        DiskStorage::create(parent)?;
+        sweep_unfinished(parent, &format!(".{name}."), lock_name)?;
+        let path = parent.join(format!(".{name}.{random}{UNFINISHED}"));
+        fs::create_dir(&path)?;
+        Ok(Self {
+            path,
+            place: place.to_path_buf(),
+            published: false,
+        })
+    }
+
+    /// Where it is filled.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its place. The caller has synced what is in it.
+    ///
+    /// # Durability
+    ///
+    /// On return the place survives a power cut.
+    ///
+    /// # Errors
+    ///
+    /// Where something has appeared in its place meanwhile; nothing of that is touched.
+    pub fn publish(mut self) -> io::Result<()> {
+        // A rename replaces nothing but an empty directory, on every file system.
+        fs::rename(&self.path, &self.place)?;
+        self.published = true;
+        fs::File::open(parent_of(&self.place))?.sync_all()
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.published {
+            // What made us give up is the error to tell; a left-over says by its name that it is one.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn check_vacant(place: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(place) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(found) if found.is_dir() && fs::read_dir(place)?.next().is_none() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
+}
+
+/// Removes what killed processes staged under a prefix. One without a lock's file may be in the making.
+fn sweep_unfinished(parent: &Path, prefix: &str, lock_name: &str) -> io::Result<()> {
+    for entry in fs::read_dir(parent)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let random = name
+            .strip_prefix(prefix)
+            .and_then(|rest| rest.strip_suffix(UNFINISHED));
+        let ours = random.is_some_and(|random| random.len() == 32 && !random.contains('.'));
+        if !ours || !entry.file_type()?.is_dir() || !entry.path().join(lock_name).exists() {
+            continue;
+        }
+        if let Claim::Held(_lock) = DiskStorage::open(&entry.path())?.lock(lock_name)? {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn directory_flags() -> OFlags {
@@ -154,6 +255,24 @@ impl Storage for DiskStorage {
             }
             outcome => Ok(outcome?),
         }
+    }
+
+    fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
+        let (from_dir, from_file) = split(name)?;
+        let (to_dir, to_file) = split(to)?;
+        let (from_fd, to_fd) = (from.open_dir(from_dir)?, self.parent(to_dir)?);
+        // Without following: a link under a pack's name gets another name itself, and is refused when it is opened.
+        Ok(rustix::fs::linkat(
+            &from_fd,
+            from_file,
+            &to_fd,
+            to_file,
+            AtFlags::empty(),
+        )?)
+    }
+
+    fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
+        self.parent(name)
     }
 
     fn sync_dir(&self, name: &str) -> io::Result<()> {

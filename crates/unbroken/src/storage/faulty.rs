@@ -3,6 +3,7 @@
 //! Touches: the storage that it wraps. Operations are counted from 0, reads included, in the order of their calls.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -106,7 +107,7 @@ fn turn(plan: &Mutex<Plan>, operation: &'static str) -> io::Result<Turn> {
     plan.operations.push(operation);
     let writes = matches!(
         operation,
-        "write" | "reserve" | "create" | "create directory" | "rename"
+        "write" | "reserve" | "create" | "create directory" | "rename" | "link"
     );
     match plan.fault {
         Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
@@ -178,6 +179,14 @@ impl Storage for FaultyStorage {
 
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
         whole(&self.plan, "rename", || self.inner.rename_new(from, to))
+    }
+
+    fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
+        whole(&self.plan, "link", || self.inner.link_new(from, name, to))
+    }
+
+    fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
+        self.inner.open_dir(name)
     }
 
     fn sync_dir(&self, name: &str) -> io::Result<()> {

@@ -10,6 +10,7 @@ pub mod memory;
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -110,6 +111,20 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The new name survives a power cut after [`Storage::sync_dir`] of its directory, the old one is gone for good
     /// after that of its own. Before, there may be both, either or, between two directories, neither.
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Gives a file of another storage a second name here, its bytes shared; `AlreadyExists` if the name is taken.
+    ///
+    /// `Unsupported` where the two have no bytes that can be shared.
+    fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
+        let _ = (from, name, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Opens one of its directories (`""` is the root) for calls that take two; `Unsupported` where it has none.
+    fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
+        let _ = name;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Makes the names in a directory (`""` is the root) survive a power cut, and those that are gone from it be gone.
     fn sync_dir(&self, name: &str) -> io::Result<()>;
@@ -234,6 +249,15 @@ impl Directory {
             "rename into place",
             to,
             uninterrupted(|| self.storage.rename_new(from, to)),
+        )
+    }
+
+    /// Gives a file of another directory a second name here, its bytes shared; never replaces.
+    pub fn link_new(&self, from: &Directory, name: &str, to: &str) -> Result<()> {
+        self.told(
+            "link into place",
+            to,
+            uninterrupted(|| self.storage.link_new(&*from.storage, name, to)),
         )
     }
 

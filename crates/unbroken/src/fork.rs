@@ -1,0 +1,228 @@
+//! Forks: a new run that starts at another run's checkpoint and shares its packs, so that no tensor is written.
+//!
+//! Touches: the source run, read only and without its lock; the new run's directory, which appears whole or not at all.
+//! Packs are shared by hard links: either run may prune, move or delete its own names, the bytes stay for the other.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::format::journal::Component;
+use crate::format::manifest::{self, Manifest};
+use crate::journal::{self, JOURNAL, Journal};
+use crate::run::{self, LOCK, Options, Run};
+use crate::state::Value;
+use crate::storage::Directory;
+use crate::storage::disk::Staging;
+use crate::store::{self, CHECKPOINTS, Checkpoint, OBJECTS};
+
+/// Kind of the event that a fork's journal begins with.
+///
+/// Its fields: `run` and `checkpoint` (where it starts), `path` (the source's directory, as it was called then),
+/// `ancestors` (a list of [run, checkpoint], the nearest first: what the source itself was forked from).
+pub const FORKED: &str = "forked";
+
+/// How a fork comes by the packs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// By a second name for the same bytes.
+    Links,
+    /// By bytes of its own.
+    Copies,
+}
+
+/// What a fork came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forked {
+    /// Id of the new run.
+    pub run_id: String,
+    /// Name of its first checkpoint.
+    pub checkpoint: String,
+    /// Bytes of the packs that it shares with the source.
+    pub shared_bytes: u64,
+    /// Bytes of tensors that were written.
+    pub written_bytes: u64,
+    /// Boundaries of the source's journal that it begins with.
+    pub boundaries: usize,
+    /// What the source's journal could not tell.
+    pub warnings: Vec<String>,
+}
+
+/// Makes a new run at `place` that starts at a checkpoint of another one.
+///
+/// It has the source's seed and settings, an id of its own, and a journal that begins with what the source recorded up
+/// to the checkpoint. The source may be in training meanwhile.
+///
+/// # Durability
+///
+/// On return the new run survives a power cut.
+///
+/// # Errors
+///
+/// `place` is then as it was. `Unsupported` where the file system cannot link the packs; damage of the checkpoint, every
+/// byte of which is read through its new names; `Invalid` where `place` is anything but empty.
+pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forked> {
+    let from = source.directory();
+    let config = run::require_config(from)?;
+    if config.id != source.info().run_id {
+        let (name, other) = (&source.info().name, &source.info().run_id);
+        return Err(Error::invalid(format!(
+            "checkpoint `{name}` is of run {other}, not of the run whose directory it lies in"
+        )));
+    }
+    let history = journal::read(from, &config.id, None)?;
+    let staging = stage(place)?;
+    let options = Options {
+        seed: Some(config.seed),
+        settings: config.settings,
+        strict: true,
+    };
+    let new = Run::open(staging.path(), &options)?;
+    new.begin()?;
+    let mut forked = Forked {
+        run_id: new.id().to_owned(),
+        checkpoint: String::new(),
+        shared_bytes: 0,
+        written_bytes: 0,
+        boundaries: 0,
+        warnings: history.warnings.clone(),
+    };
+    for pack in &source.manifest().packs {
+        let name = format!("{OBJECTS}/{}", pack.name);
+        match sharing {
+            Sharing::Links => {
+                link(from, new.directory(), &name)?;
+                forked.shared_bytes += pack.length;
+            }
+            Sharing::Copies => {
+                copy(from, new.directory(), &name)?;
+                forked.written_bytes += pack.length;
+            }
+        }
+    }
+    new.directory().sync_dir(OBJECTS)?;
+    forked.boundaries = record_history(&new, source, &history)?;
+    forked.checkpoint = publish(&new, source, forked.written_bytes)?;
+    // Through the new names: what is handed over is what is there.
+    Checkpoint::open_in(new.directory(), &forked.checkpoint)?.verify()?;
+    new.directory().sync_dir(JOURNAL)?;
+    new.directory().sync_dir("")?;
+    staging
+        .publish()
+        .map_err(|error| Error::io("rename into place", place, error))?;
+    new.close()?;
+    Ok(forked)
+}
+
+/// Makes a directory beside `place` that takes its place when it is whole.
+pub(crate) fn stage(place: &Path) -> Result<Staging> {
+    match Staging::begin(place, &store::random_name()?, LOCK) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(Error::invalid(format!(
+            "`{}` is there already, and not empty",
+            place.display()
+        ))),
+        staged => staged.map_err(|error| Error::io("make a directory beside", place, error)),
+    }
+}
+
+fn link(from: &Directory, to: &Directory, name: &str) -> Result<()> {
+    match to.link_new(from, name, name) {
+        Err(Error::Io { path, source, .. }) if !matches!(source.kind(), std::io::ErrorKind::NotFound) => {
+            Err(Error::Unsupported {
+                what: format!(
+                    "hard links from {} to {}: {source}",
+                    from.path(name).display(),
+                    path.display()
+                ),
+            })
+        }
+        linked => linked,
+    }
+}
+
+/// Copies a file piece by piece; what arrives is verified when the checkpoint is.
+fn copy(from: &Directory, to: &Directory, name: &str) -> Result<()> {
+    const PIECE: u64 = 4 << 20;
+    let source = from.open(name)?;
+    let length = source.len()?;
+    let mut file = to.create_new(name)?;
+    let mut piece = vec![0; usize::try_from(length.min(PIECE)).expect("a piece fits in memory")];
+    while file.written() < length {
+        let count = usize::try_from((length - file.written()).min(PIECE)).expect("a piece fits in memory");
+        source.read_exact_at(file.written(), &mut piece[..count])?;
+        file.write_all(&piece[..count])?;
+    }
+    file.sync()
+}
+
+/// Begins the new journal with where it comes from and what the source recorded until there.
+fn record_history(new: &Run, source: &Checkpoint, history: &Journal) -> Result<usize> {
+    let info = source.info();
+    let text = |text: &str| Value::Str(text.to_owned());
+    let fields = vec![
+        ("run".to_owned(), text(&info.run_id)),
+        ("checkpoint".to_owned(), text(&info.name)),
+        (
+            "path".to_owned(),
+            text(&source.directory().location().to_string_lossy()),
+        ),
+        ("ancestors".to_owned(), Value::List(ancestors(history))),
+    ];
+    new.event(FORKED, info.step, fields)?;
+    let until = (info.step, info.phase);
+    let earlier = history
+        .boundaries
+        .iter()
+        .take_while(|boundary| (boundary.step, boundary.phase) <= until);
+    let mut count = 0;
+    for boundary in earlier {
+        let components: Vec<(String, Component)> = boundary.components.clone();
+        new.record(
+            boundary.step,
+            boundary.phase,
+            boundary.epoch,
+            boundary.position,
+            components,
+        )?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// What the source was forked from, and that in turn, the nearest first.
+fn ancestors(history: &Journal) -> Vec<Value> {
+    let Some(event) = history.events.iter().find(|event| event.kind == FORKED) else {
+        return Vec::new();
+    };
+    let field = |name: &str| event.fields.iter().find(|(other, _)| other == name);
+    let value = |name: &str| field(name).map_or(Value::None, |(_, value)| value.clone());
+    let mut all = vec![Value::List(vec![value("run"), value("checkpoint")])];
+    if let Value::List(older) = value("ancestors") {
+        all.extend(older);
+    }
+    all
+}
+
+/// Writes the new run's first manifest, durably, and returns the checkpoint's name.
+fn publish(new: &Run, source: &Checkpoint, new_bytes: u64) -> Result<String> {
+    let info = source.info();
+    let manifest = Manifest {
+        run_id: new.id().to_owned(),
+        parent: None,
+        life: new.life(),
+        created: new.created().to_owned(),
+        pinned: false,
+        journal_head: new.durable_head(info.step, info.phase)?,
+        new_bytes,
+        ..source.manifest().clone()
+    };
+    let (bytes, digest) = manifest::encode(&manifest)?;
+    let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
+    let directory = new.directory();
+    let temporary = store::temporary_name()?;
+    let mut file = directory.create_new(&temporary)?;
+    file.write_all(&bytes)?;
+    file.sync()?;
+    directory.rename_new(&temporary, &format!("{CHECKPOINTS}/{name}"))?;
+    directory.sync_dir(CHECKPOINTS)?;
+    Ok(name)
+}
