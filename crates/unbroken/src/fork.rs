@@ -90,7 +90,7 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
         let name = format!("{OBJECTS}/{}", pack.name);
         match sharing {
             Sharing::Links => {
-                link(from, new.directory(), &name)?;
+                link(from, new.directory(), &name, place)?;
                 forked.shared_bytes += pack.length;
             }
             Sharing::Copies => {
@@ -124,15 +124,12 @@ pub(crate) fn stage(place: &Path) -> Result<Staging> {
     }
 }
 
-fn link(from: &Directory, to: &Directory, name: &str) -> Result<()> {
+fn link(from: &Directory, to: &Directory, name: &str, place: &Path) -> Result<()> {
     match to.link_new(from, name, name) {
-        Err(Error::Io { path, source, .. }) if !matches!(source.kind(), std::io::ErrorKind::NotFound) => {
+        Err(Error::Io { source, .. }) if source.kind() != std::io::ErrorKind::NotFound => {
+            let (old, new) = (from.location().display(), place.display());
             Err(Error::Unsupported {
-                what: format!(
-                    "hard links from {} to {}: {source}",
-                    from.path(name).display(),
-                    path.display()
-                ),
+                what: format!("hard links from {old} to {new}: {source}"),
             })
         }
         linked => linked,
