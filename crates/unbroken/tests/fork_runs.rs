@@ -134,6 +134,7 @@ fn a_fork_can_be_made_while_its_source_is_trained_and_outlives_it() {
         ..Retention::default()
     };
     run.prune(&newest_only, false).unwrap();
+    commit_at(&run, 5).unwrap(); // Over the blocks of what went, if it likes: not over those that the fork names.
     run.close().unwrap();
     at(&new, 2).verify().unwrap();
     fs::remove_dir_all(&old).unwrap();
