@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Export(Export),
     /// Start a new run at a checkpoint, sharing its tensors
     Fork(crate::fork::Fork),
+    /// Put aside what is damaged, and put whole copies in its place
+    Repair(crate::repair::Repair),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
     /// Execute recorded steps again under today's environment and compare them

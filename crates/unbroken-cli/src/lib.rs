@@ -1,7 +1,7 @@
 //! The `unbroken` program as a library: arguments, words and exit codes.
 //!
-//! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune`, `fork` and
-//! `export` write to disk.
+//! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune`, `fork`,
+//! `repair` and `export` write to disk.
 
 mod answer;
 mod arguments;
@@ -15,6 +15,7 @@ mod list;
 mod log;
 mod prove;
 mod prune;
+mod repair;
 mod replay;
 mod report;
 mod show;
@@ -69,6 +70,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
         Command::Fork(command) => fork::run(command, &mut streams),
+        Command::Repair(command) => repair::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),
         Command::Prove(command) => prove::run(command, &mut streams),
     };

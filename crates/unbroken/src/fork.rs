@@ -94,7 +94,7 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
                 forked.shared_bytes += pack.length;
             }
             Sharing::Copies => {
-                copy(from, new.directory(), &name)?;
+                copy(from, new.directory(), &name, &name)?;
                 forked.written_bytes += pack.length;
             }
         }
@@ -136,12 +136,12 @@ fn link(from: &Directory, to: &Directory, name: &str, place: &Path) -> Result<()
     }
 }
 
-/// Copies a file piece by piece; what arrives is verified when the checkpoint is.
-fn copy(from: &Directory, to: &Directory, name: &str) -> Result<()> {
+/// Copies a file piece by piece, durably but for its name. Verifying what arrived is the caller's.
+pub(crate) fn copy(from: &Directory, to: &Directory, name: &str, as_name: &str) -> Result<()> {
     const PIECE: u64 = 4 << 20;
     let source = from.open(name)?;
     let length = source.len()?;
-    let mut file = to.create_new(name)?;
+    let mut file = to.create_new(as_name)?;
     let mut piece = vec![0; usize::try_from(length.min(PIECE)).expect("a piece fits in memory")];
     while file.written() < length {
         let count = usize::try_from((length - file.written()).min(PIECE)).expect("a piece fits in memory");

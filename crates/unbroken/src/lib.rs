@@ -25,6 +25,7 @@ pub mod format;
 pub mod journal;
 pub mod key;
 pub mod localise;
+pub mod repair;
 pub mod run;
 pub mod state;
 pub mod storage;

@@ -493,7 +493,7 @@ impl Run {
 }
 
 /// Takes the lock, waiting a little for a holder that may be dying.
-fn take_lock(directory: &Directory) -> Result<Box<dyn Lock>> {
+pub(crate) fn take_lock(directory: &Directory) -> Result<Box<dyn Lock>> {
     let begun = Instant::now();
     loop {
         match directory.lock(LOCK)? {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::manifest::{self, Manifest, PackEntry};
+use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use crate::format::pack;
 use crate::state::{Tensor, Value};
 use crate::storage::Directory;
@@ -126,6 +126,39 @@ impl Checkpoint {
         &self.manifest
     }
 
+    pub(crate) fn shared_manifest(&self) -> Arc<Manifest> {
+        Arc::clone(&self.manifest)
+    }
+
+    /// A checkpoint of nothing but parts of one pack, to have them verified.
+    pub(crate) fn of_pack(directory: &Directory, pack: &PackEntry, storages: &[StorageEntry]) -> Checkpoint {
+        let manifest = Manifest {
+            run_id: String::new(),
+            step: 0,
+            phase: 0,
+            parent: None,
+            life: 0,
+            created: String::new(),
+            tree: Value::None,
+            storages: storages
+                .iter()
+                .map(|storage| StorageEntry { pack: 0, ..*storage })
+                .collect(),
+            packs: vec![pack.clone()],
+            identity: Vec::new(),
+            environment: Vec::new(),
+            metrics: Vec::new(),
+            pinned: false,
+            journal_head: Digest([0; 32]),
+            new_bytes: 0,
+        };
+        Checkpoint {
+            directory: directory.clone(),
+            info: Arc::new(CheckpointInfo::new(directory, "", &manifest)),
+            manifest: Arc::new(manifest),
+        }
+    }
+
     /// (length in bytes, digest) of each storage.
     pub fn storages(&self) -> Vec<(u64, Digest)> {
         self.manifest
@@ -171,7 +204,7 @@ impl Checkpoint {
     }
 
     /// Reads and verifies a manifest; its packs are looked at by [`Checkpoint::check_packs`].
-    fn load(directory: &Directory, name: &str) -> Result<Checkpoint> {
+    pub(crate) fn load(directory: &Directory, name: &str) -> Result<Checkpoint> {
         let file = format!("{CHECKPOINTS}/{name}");
         let bytes = directory.read_all(&file, MAX_MANIFEST)?;
         let (manifest, digest) = manifest::decode(&bytes).map_err(|flaw| flaw.at(directory.path(&file)))?;
@@ -375,7 +408,7 @@ impl Store {
 pub(crate) fn sweep(directory: &Directory, survey: &Survey) -> Result<usize> {
     let mut count = 0;
     for name in directory.list_if_there(TMP)? {
-        if name.strip_suffix(".tmp").is_some_and(is_random_name) {
+        if is_temporary_name(&name) {
             directory.remove(&format!("{TMP}/{name}"))?;
             count += 1;
         }
@@ -422,11 +455,16 @@ pub(crate) fn temporary_name() -> Result<String> {
     Ok(format!("{TMP}/{}.tmp", random_name()?))
 }
 
+/// Whether a name in `tmp/` is one of ours.
+pub(crate) fn is_temporary_name(name: &str) -> bool {
+    name.strip_suffix(".tmp").is_some_and(is_random_name)
+}
+
 fn is_random_name(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-fn is_pack_name(name: &str) -> bool {
+pub(crate) fn is_pack_name(name: &str) -> bool {
     name.strip_suffix(".safetensors").is_some_and(is_random_name)
 }
 
@@ -504,7 +542,7 @@ pub(crate) fn contiguous(tensor: &Tensor) -> bool {
 }
 
 /// Path of the first leaf that views a storage, for messages.
-fn leaf_of(tree: &Value, storage: usize) -> String {
+pub(crate) fn leaf_of(tree: &Value, storage: usize) -> String {
     let mut found = None;
     walk(tree, &mut |path, tensor| {
         if tensor.storage as usize == storage && found.is_none() {

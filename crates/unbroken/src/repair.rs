@@ -1,0 +1,470 @@
+//! Repair: what of a run is whole stays where it is, the rest is put aside, and whole copies of it are put in its place.
+//!
+//! Touches: one run directory, under its lock, except to plan; copies of it, read only. Nothing that was committed is
+//! changed or deleted: what is damaged or cannot be read goes to `quarantine/`, under its own name, with the reason in a
+//! file beside it. Only left-overs go for good, as at every opening: unfinished files, and packs that no manifest can
+//! need.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::fork;
+use crate::format::manifest::{Manifest, PackEntry, StorageEntry};
+use crate::journal;
+use crate::run;
+use crate::storage::disk::DiskStorage;
+use crate::storage::{Directory, Storage, already_exists, not_found};
+use crate::store::{self, CHECKPOINTS, Checkpoint, OBJECTS, Survey, TMP};
+
+/// Directory of what was put aside.
+const QUARANTINE: &str = "quarantine";
+
+/// One thing that a repair does, to one file. Names are relative to the run directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Puts a whole copy in the place of a file that is damaged or missing; the damaged one is put aside first.
+    Restore {
+        /// Which file.
+        name: String,
+        /// The run directory that has it whole.
+        copy: PathBuf,
+    },
+    /// Moves a file to `quarantine/`.
+    SetAside {
+        /// Which file.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Removes a left-over of a commit that was cut short.
+    Remove {
+        /// Which file.
+        name: String,
+    },
+}
+
+/// What a run needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// What to do, in an order that leaves the run no worse wherever it is cut short.
+    pub actions: Vec<Action>,
+    /// Names of the checkpoints that are whole, restored ones included, oldest first.
+    pub whole: Vec<String>,
+    /// (name, why) of checkpoints that are lost, newest first. They stay where they are if none is whole.
+    pub lost: Vec<(String, String)>,
+    /// What a repair leaves as it is and cannot make right: damage of the journal.
+    pub beyond: Vec<String>,
+    /// What it leaves alone because it is not its own.
+    pub left_alone: Vec<String>,
+}
+
+impl Plan {
+    /// Whether everything is as it was committed.
+    pub fn is_whole(&self) -> bool {
+        self.lost.is_empty() && self.beyond.is_empty()
+    }
+}
+
+/// Says what a repair would do, reading everything and changing nothing. Needs no lock.
+///
+/// `copies` are run directories that may hold whole files of this run: backups, forks.
+pub fn plan(path: &Path, copies: &[PathBuf]) -> Result<Plan> {
+    let (directory, config) = run::open_to_read(path)?;
+    examine(&directory, &config.id, &open_copies(copies)?)
+}
+
+/// Carries out what [`plan`] says, and returns that; whether it helped, another [`plan`] tells.
+///
+/// # Durability
+///
+/// On return it survives a power cut. Cut short anywhere, it can be done again.
+///
+/// # Errors
+///
+/// `Locked` while the run is trained.
+pub fn repair(path: &Path, copies: &[PathBuf]) -> Result<Plan> {
+    let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
+    repair_on(Arc::new(storage), copies)
+}
+
+/// Repairs a run on any storage. See [`repair`].
+pub fn repair_on(storage: Arc<dyn Storage>, copies: &[PathBuf]) -> Result<Plan> {
+    let directory = Directory::new(storage);
+    let config = run::require_config(&directory)?;
+    let lock = run::take_lock(&directory)?;
+    let copies = open_copies(copies)?;
+    let plan = examine(&directory, &config.id, &copies)?;
+    if !plan.actions.is_empty() {
+        directory.create_dir(TMP)?;
+        carry_out(&directory, &copies, &plan.actions)?;
+    }
+    drop(lock);
+    Ok(plan)
+}
+
+fn open_copies(paths: &[PathBuf]) -> Result<Vec<Directory>> {
+    let open = |path: &PathBuf| {
+        let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
+        Ok(Directory::new(Arc::new(storage)))
+    };
+    paths.iter().map(open).collect()
+}
+
+/// Reads everything and decides.
+fn examine(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Plan> {
+    let mut findings = Findings::gather(directory, run_id, copies)?;
+    findings.check_packs(directory, copies)?;
+    let journal = journal::read(directory, run_id, None)?;
+    let mut plan = Plan {
+        actions: std::mem::take(&mut findings.restores),
+        beyond: journal.warnings,
+        left_alone: findings.left_alone.clone(),
+        ..Plan::default()
+    };
+    for readable in &findings.manifests {
+        let name = readable.name.clone();
+        match findings.losses.get(&name) {
+            None => plan.whole.push(name),
+            Some(why) => plan.lost.push((name, why.clone())),
+        }
+    }
+    plan.lost.extend(findings.unreadable.clone());
+    plan.whole.sort();
+    plan.lost.sort_by(|a, b| b.cmp(a));
+    // With nothing whole left, the directory is evidence, and nothing in it moves.
+    if !plan.whole.is_empty() {
+        findings.put_aside(directory, &mut plan)?;
+        findings.sweep(directory, &mut plan)?;
+    }
+    Ok(plan)
+}
+
+/// A manifest that can be read, here or in a copy.
+#[derive(Debug)]
+struct Readable {
+    name: String,
+    manifest: Arc<Manifest>,
+}
+
+impl Readable {
+    /// Why what it needs of one of its packs is not all there, if it is not.
+    fn loss_in(&self, directory: &Directory, pack: usize) -> Result<Option<String>> {
+        let storages = self.manifest.storages.iter().enumerate();
+        let (indices, needed): (Vec<usize>, Vec<StorageEntry>) = storages
+            .filter(|(_, storage)| storage.pack as usize == pack)
+            .map(|(index, storage)| (index, *storage))
+            .unzip();
+        let mut error = damage_of(directory, &self.manifest.packs[pack], &needed)?;
+        if let Some(Error::Damaged { part, .. }) = &mut error {
+            // Among the parts alone, a storage has its number there for a name.
+            let number = part
+                .strip_prefix("storage ")
+                .and_then(|number| number.parse().ok());
+            if let Some(&index) = number.and_then(|number: usize| indices.get(number)) {
+                *part = store::leaf_of(&self.manifest.tree, index);
+            }
+        }
+        Ok(error.map(|error| error.to_string()))
+    }
+}
+
+/// One pack, and what manifests say of it.
+#[derive(Debug)]
+struct Pack {
+    entry: PackEntry,
+    storages: BTreeMap<(u64, u64, Digest), StorageEntry>,
+    /// What is wrong with it here, unless a copy makes it whole.
+    flaw: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct Findings {
+    /// This run's.
+    manifests: Vec<Readable>,
+    /// Others' are left alone, and so is what they need.
+    foreign: Vec<Readable>,
+    /// Why a manifest's tensors are not all there, by its name.
+    losses: BTreeMap<String, String>,
+    /// (name, why) of manifests that no copy has either.
+    unreadable: Vec<(String, String)>,
+    packs: BTreeMap<String, Pack>,
+    restores: Vec<Action>,
+    left_alone: Vec<String>,
+    /// Whether there are files among the manifests that are none.
+    strangers: bool,
+}
+
+impl Findings {
+    fn gather(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Findings> {
+        let survey: Survey = store::survey(directory, run_id)?;
+        let mut findings = Findings {
+            strangers: !survey.unknown.is_empty(),
+            ..Findings::default()
+        };
+        for name in &survey.unknown {
+            let text = format!("`{CHECKPOINTS}/{name}` is no checkpoint");
+            findings.left_alone.push(text);
+        }
+        for checkpoint in &survey.foreign {
+            let info = checkpoint.info();
+            let text = format!("checkpoint `{}` is of run {}", info.name, info.run_id);
+            findings.left_alone.push(text);
+            findings.add(checkpoint, false);
+        }
+        for checkpoint in &survey.whole {
+            findings.add(checkpoint, true);
+        }
+        for (_, name, error) in &survey.rejected {
+            // Rejected for its packs, or for itself?
+            match Checkpoint::load(directory, name) {
+                Ok(checkpoint) => findings.add(&checkpoint, true),
+                Err(_) => match find_manifest(copies, name, run_id) {
+                    Some((copy, checkpoint)) => {
+                        findings.add(&checkpoint, true);
+                        findings.restore(&format!("{CHECKPOINTS}/{name}"), copy);
+                    }
+                    None => findings.unreadable.push((name.clone(), error.to_string())),
+                },
+            }
+        }
+        Ok(findings)
+    }
+
+    fn add(&mut self, checkpoint: &Checkpoint, own: bool) {
+        let manifest = checkpoint.shared_manifest();
+        for entry in &manifest.packs {
+            self.packs.entry(entry.name.clone()).or_insert_with(|| Pack {
+                entry: entry.clone(),
+                storages: BTreeMap::new(),
+                flaw: None,
+            });
+        }
+        for storage in &manifest.storages {
+            let name = &manifest.packs[storage.pack as usize].name;
+            let pack = self.packs.get_mut(name).expect("every pack was just added");
+            pack.storages
+                .insert((storage.offset, storage.length, storage.digest), *storage);
+        }
+        let readable = Readable {
+            name: checkpoint.info().name.clone(),
+            manifest,
+        };
+        if own {
+            self.manifests.push(readable);
+        } else {
+            self.foreign.push(readable);
+        }
+    }
+
+    fn restore(&mut self, name: &str, copy: &Directory) {
+        self.restores.push(Action::Restore {
+            name: name.to_owned(),
+            copy: copy.location().to_path_buf(),
+        });
+    }
+
+    /// Reads each pack once, with everything that any manifest says of it; looks for a copy of those that are not whole.
+    fn check_packs(&mut self, directory: &Directory, copies: &[Directory]) -> Result<()> {
+        let mut restored = Vec::new();
+        for (name, pack) in &mut self.packs {
+            let storages: Vec<StorageEntry> = pack.storages.values().copied().collect();
+            let Some(error) = damage_of(directory, &pack.entry, &storages)? else {
+                continue;
+            };
+            let whole = |copy: &&Directory| matches!(damage_of(copy, &pack.entry, &storages), Ok(None));
+            match copies.iter().find(whole) {
+                Some(copy) => restored.push((format!("{OBJECTS}/{name}"), copy)),
+                None => pack.flaw = Some(error.to_string()),
+            }
+        }
+        for (name, copy) in restored {
+            self.restore(&name, copy);
+        }
+        // A pack may be damaged in a place that only some of its manifests need.
+        for readable in &self.manifests {
+            for (index, entry) in readable.manifest.packs.iter().enumerate() {
+                if self.packs[&entry.name].flaw.is_none() {
+                    continue;
+                }
+                let Some(why) = readable.loss_in(directory, index)? else {
+                    continue;
+                };
+                let pack = self.packs.get_mut(&entry.name).expect("every pack was added");
+                pack.flaw = Some(why.clone()); // Named by the leaf, not by a number.
+                self.losses.insert(readable.name.clone(), why);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Plans to put aside what is lost: packs before manifests, so that a pack never lies there without one that names
+    /// it, which would make it a left-over.
+    fn put_aside(&self, directory: &Directory, plan: &mut Plan) -> Result<()> {
+        if plan.lost.is_empty() {
+            return Ok(());
+        }
+        let kept: BTreeSet<&str> = self
+            .manifests
+            .iter()
+            .filter(|readable| !self.losses.contains_key(&readable.name))
+            .chain(&self.foreign)
+            .flat_map(|readable| readable.manifest.packs.iter().map(|pack| pack.name.as_str()))
+            .collect();
+        for name in directory.list_if_there(OBJECTS)? {
+            if kept.contains(name.as_str()) || !store::is_pack_name(&name) {
+                continue;
+            }
+            let why = match self.packs.get(&name) {
+                Some(Pack { flaw: Some(flaw), .. }) => flaw.clone(),
+                Some(_) => "whole; only checkpoints that are lost name it".to_owned(),
+                None if self.is_all_known() => continue,
+                None => "no manifest that can be read names it".to_owned(),
+            };
+            let name = format!("{OBJECTS}/{name}");
+            plan.actions.push(Action::SetAside { name, why });
+        }
+        for (name, why) in &plan.lost {
+            let (name, why) = (format!("{CHECKPOINTS}/{name}"), why.clone());
+            plan.actions.push(Action::SetAside { name, why });
+        }
+        Ok(())
+    }
+
+    /// Plans to remove left-overs, as every opening does.
+    fn sweep(&self, directory: &Directory, plan: &mut Plan) -> Result<()> {
+        for name in directory.list_if_there(TMP)? {
+            if store::is_temporary_name(&name) {
+                let name = format!("{TMP}/{name}");
+                plan.actions.push(Action::Remove { name });
+            }
+        }
+        if self.is_all_known() {
+            for name in directory.list_if_there(OBJECTS)? {
+                if store::is_pack_name(&name) && !self.packs.contains_key(&name) {
+                    let name = format!("{OBJECTS}/{name}");
+                    plan.actions.push(Action::Remove { name });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every file among the manifests could be read, so that a pack that none of them names is nobody's.
+    fn is_all_known(&self) -> bool {
+        !self.strangers && self.unreadable.is_empty()
+    }
+}
+
+/// Finds a manifest of this run in a copy.
+fn find_manifest<'a>(
+    copies: &'a [Directory],
+    name: &str,
+    run_id: &str,
+) -> Option<(&'a Directory, Checkpoint)> {
+    copies.iter().find_map(|copy| {
+        let checkpoint = Checkpoint::load(copy, name).ok()?;
+        (checkpoint.info().run_id == run_id).then_some((copy, checkpoint))
+    })
+}
+
+/// What is wrong with a pack and these parts of it, if something is.
+fn damage_of(directory: &Directory, entry: &PackEntry, storages: &[StorageEntry]) -> Result<Option<Error>> {
+    match Checkpoint::of_pack(directory, entry, storages).verify() {
+        Ok(()) => Ok(None),
+        Err(error) if store::is_damage(&error) => Ok(Some(error)),
+        Err(error) => Err(error),
+    }
+}
+
+fn carry_out(directory: &Directory, copies: &[Directory], actions: &[Action]) -> Result<()> {
+    let mut synced_manifests = false;
+    for action in actions {
+        match action {
+            Action::Restore { name, copy } => {
+                let copy = copies.iter().find(|other| other.location() == copy);
+                restore(
+                    directory,
+                    copy.expect("a plan names copies that it was given"),
+                    name,
+                )?;
+            }
+            Action::SetAside { name, why } => set_aside(directory, name, why)?,
+            Action::Remove { name } => {
+                if !synced_manifests {
+                    // A manifest that another life removed must not come back after a power cut without its pack.
+                    directory.sync_dir(CHECKPOINTS)?;
+                    synced_manifests = true;
+                }
+                directory.remove(name)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Brings a whole file from a copy under its name. What is under it now is put aside.
+fn restore(directory: &Directory, copy: &Directory, name: &str) -> Result<()> {
+    let temporary = store::temporary_name()?;
+    fork::copy(copy, directory, name, &temporary)?;
+    let why = format!("damaged; restored from {}", copy.location().display());
+    match set_aside(directory, name, &why) {
+        Err(error) if not_found(&error) => {} // It was missing.
+        done => done?,
+    }
+    let (parent, _) = name
+        .rsplit_once('/')
+        .expect("only files in directories are restored");
+    directory.create_dir(parent)?;
+    directory.rename_new(&temporary, name)?;
+    directory.sync_dir(parent)
+}
+
+/// Moves a file to `quarantine/`, never losing it: it has its second name for good before the first one goes.
+fn set_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
+    directory.create_dir(QUARANTINE)?;
+    directory.sync_dir("")?;
+    let (parent, base) = name
+        .rsplit_once('/')
+        .expect("only files in directories are put aside");
+    let mut number = 1;
+    loop {
+        let place = match number {
+            1 => format!("{QUARANTINE}/{base}"),
+            number => format!("{QUARANTINE}/{base}.{number}"),
+        };
+        match directory.link_new(directory, name, &place) {
+            Ok(()) => {
+                note(directory, &place, why)?;
+                directory.sync_dir(QUARANTINE)?;
+                directory.remove(name)?;
+                return directory.sync_dir(parent);
+            }
+            Err(error) if already_exists(&error) => number += 1,
+            Err(error) if not_found(&error) => return Err(error),
+            // A file system without links: the move is one rename, durable at its new place first.
+            Err(_) => match directory.rename_new(name, &place) {
+                Ok(()) => {
+                    note(directory, &place, why)?;
+                    directory.sync_dir(QUARANTINE)?;
+                    return directory.sync_dir(parent);
+                }
+                Err(error) if already_exists(&error) => number += 1,
+                Err(error) => return Err(error),
+            },
+        }
+    }
+}
+
+/// Writes why a file is here beside it.
+fn note(directory: &Directory, place: &str, why: &str) -> Result<()> {
+    let mut file = match directory.create_new(&format!("{place}.why")) {
+        Err(error) if already_exists(&error) => return Ok(()), // A repair that was cut short said it.
+        created => created?,
+    };
+    file.write_all(format!("{why}\n").as_bytes())?;
+    file.sync()
+}

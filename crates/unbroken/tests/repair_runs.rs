@@ -1,0 +1,336 @@
+//! Repair: what is whole stays, what is not is put aside, and nothing that was committed is ever gone.
+//!
+//! Touches: temporary directories.
+
+mod world;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use unbroken::error::Error;
+use unbroken::fork::{Sharing, fork};
+use unbroken::repair::{Action, Plan, plan, repair, repair_on};
+use unbroken::run::{self, Options, Run};
+use unbroken::storage::Storage;
+use unbroken::storage::faulty::{Fault, FaultyStorage};
+use unbroken::storage::memory::Leftovers;
+use unbroken::store::Checkpoint;
+use world::{assert_exact, run_in_memory, train};
+
+/// A run with checkpoints at steps 0 to 3, closed.
+fn run_in(place: &Path) -> PathBuf {
+    let path = place.join("a");
+    let options = Options {
+        seed: Some(7),
+        ..Options::default()
+    };
+    let run = Run::open(&path, &options).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=3).unwrap();
+    run.close().unwrap();
+    path
+}
+
+fn at(path: &Path, step: usize) -> Checkpoint {
+    run::read_run(path).unwrap().checkpoints[step].clone()
+}
+
+/// The file of the pack that a checkpoint added.
+fn own_pack(path: &Path, step: usize) -> PathBuf {
+    let name = at(path, step).manifest().packs.last().unwrap().name.clone();
+    path.join("objects").join(name)
+}
+
+fn flip_last_bit(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+fn copy_of(path: &Path) -> PathBuf {
+    let copy = path.with_extension("copy");
+    for (name, bytes) in files(path) {
+        let file = copy.join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, bytes).unwrap();
+    }
+    copy
+}
+
+fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(path).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            let below = files(&entry.path());
+            all.extend(
+                below
+                    .into_iter()
+                    .map(|(file, bytes)| (format!("{name}/{file}"), bytes)),
+            );
+        } else {
+            all.insert(name, fs::read(entry.path()).unwrap());
+        }
+    }
+    all
+}
+
+/// Every content that was in `before` is still somewhere.
+fn assert_nothing_is_gone(before: &BTreeMap<String, Vec<u8>>, path: &Path) {
+    let after = files(path);
+    for (name, bytes) in before.iter().filter(|(name, _)| name.as_str() != "lock") {
+        assert!(after.values().any(|found| found == bytes), "{name} is gone");
+    }
+}
+
+fn repaired(path: &Path, copies: &[PathBuf]) -> Plan {
+    let before = files(path);
+    let planned = plan(path, copies).unwrap();
+    assert_eq!(files(path), before, "planning changes nothing");
+    assert_eq!(repair(path, copies).unwrap(), planned);
+    assert_nothing_is_gone(&before, path);
+    let after = plan(path, &[]).unwrap();
+    if planned.beyond.is_empty() && !planned.whole.is_empty() {
+        assert!(after.is_whole() && after.actions.is_empty(), "{after:?}");
+    }
+    planned
+}
+
+fn resumed_step(path: &Path) -> u64 {
+    let run = Run::open(
+        path,
+        &Options {
+            strict: true,
+            ..Options::default()
+        },
+    )
+    .unwrap();
+    assert_eq!(run.warnings(), [] as [String; 0]);
+    let checkpoint = run.resumed_from().unwrap();
+    assert_exact(checkpoint);
+    checkpoint.info().step
+}
+
+#[test]
+fn a_whole_run_needs_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let before = files(&path);
+    let done = repair(&path, &[]).unwrap();
+    assert!(done.is_whole() && done.actions.is_empty());
+    assert_eq!(done.whole.len(), 4);
+    assert_eq!(files(&path), before);
+}
+
+#[test]
+fn a_checkpoint_with_a_damaged_tensor_is_put_aside_with_its_pack_and_its_reason() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let (name, pack) = (at(&path, 3).info().name.clone(), own_pack(&path, 3));
+    flip_last_bit(&pack);
+    let done = repaired(&path, &[]);
+    assert_eq!((done.whole.len(), done.lost.len()), (3, 1));
+    assert_eq!(done.lost[0].0, name);
+    let aside = path.join("quarantine");
+    assert!(aside.join(pack.file_name().unwrap()).is_file());
+    let why = fs::read_to_string(aside.join(format!("{name}.why"))).unwrap();
+    assert!(why.contains("\"optimizer/0/0\" should be"), "{why}");
+    assert_eq!(resumed_step(&path), 2);
+}
+
+#[test]
+fn a_pack_that_whole_checkpoints_need_stays_though_a_damaged_one_named_it_too() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    // Step 0's pack has the frozen leaf that all checkpoints need, last; and two that only step 0 needs.
+    let checkpoint = at(&path, 0);
+    let storage = checkpoint.manifest().storages[1];
+    let pack = own_pack(&path, 0);
+    let mut bytes = fs::read(&pack).unwrap();
+    bytes[usize::try_from(storage.offset).unwrap()] ^= 1;
+    fs::write(&pack, bytes).unwrap();
+    let done = repaired(&path, &[]);
+    assert_eq!((done.whole.len(), done.lost.len()), (3, 1));
+    assert!(pack.is_file());
+    assert_eq!(resumed_step(&path), 3);
+}
+
+#[test]
+fn what_a_manifest_that_cannot_be_read_may_have_named_is_put_aside_too() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let (info, pack) = (at(&path, 3).info().clone(), own_pack(&path, 3));
+    flip_last_bit(&info.path);
+    let done = repaired(&path, &[]);
+    assert_eq!(done.lost[0].0, info.name);
+    assert!(path.join("quarantine").join(pack.file_name().unwrap()).is_file());
+    assert_eq!(resumed_step(&path), 2);
+}
+
+#[test]
+fn whole_files_of_a_copy_take_the_place_of_damaged_and_missing_ones() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let copy = copy_of(&path);
+    flip_last_bit(&at(&path, 3).info().path);
+    flip_last_bit(&own_pack(&path, 2));
+    fs::remove_file(own_pack(&path, 1)).unwrap();
+    flip_last_bit(&own_pack(&copy, 0)); // Damage in the copy that nobody asks for.
+    let done = repaired(&path, &[place.path().join("a"), copy.clone()]);
+    assert_eq!((done.whole.len(), done.lost.len()), (4, 0));
+    let restored = |action: &&Action| matches!(action, Action::Restore { copy: from, .. } if *from == copy);
+    assert_eq!(done.actions.iter().filter(restored).count(), 3);
+    assert_eq!(resumed_step(&path), 3);
+}
+
+#[test]
+fn a_fork_is_a_copy_of_the_packs_that_it_shares() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let other = place.path().join("b");
+    fork(&at(&path, 3), &other, Sharing::Copies).unwrap();
+    fs::remove_file(own_pack(&path, 3)).unwrap();
+    let done = repaired(&path, std::slice::from_ref(&other));
+    assert_eq!((done.whole.len(), done.lost.len()), (4, 0));
+    assert_eq!(resumed_step(&path), 3);
+}
+
+#[test]
+fn nothing_moves_while_no_checkpoint_is_whole() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let packs = [0, 1, 2, 3].map(|step| own_pack(&path, step));
+    let frozen = at(&path, 0).manifest().storages[0];
+    for pack in &packs[1..] {
+        fs::write(pack, b"short").unwrap();
+    }
+    let mut bytes = fs::read(&packs[0]).unwrap();
+    bytes[usize::try_from(frozen.offset).unwrap()] ^= 1;
+    fs::write(&packs[0], bytes).unwrap();
+    let before = files(&path);
+    let done = repair(&path, &[]).unwrap();
+    assert_eq!((done.actions.len(), done.whole.len(), done.lost.len()), (0, 0, 4));
+    let mut after = files(&path);
+    after.insert("lock".to_owned(), before["lock"].clone());
+    assert_eq!(after, before);
+}
+
+#[test]
+fn left_overs_go_and_strangers_stay_with_what_they_may_need() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let leftover = path.join(format!("tmp/{}.tmp", "a".repeat(32)));
+    let pack = path.join(format!("objects/{}.safetensors", "b".repeat(32)));
+    fs::write(&leftover, "x").unwrap();
+    fs::write(&pack, "x").unwrap();
+    let stranger = path.join("checkpoints/notes.txt");
+    fs::write(&stranger, "x").unwrap();
+    let done = repair(&path, &[]).unwrap();
+    assert_eq!(done.left_alone.len(), 1);
+    assert!(stranger.is_file() && pack.is_file() && !leftover.is_file());
+    fs::remove_file(&stranger).unwrap();
+    repair(&path, &[]).unwrap();
+    assert!(!pack.is_file());
+    assert_eq!(resumed_step(&path), 3);
+}
+
+#[test]
+fn a_damaged_journal_is_told_and_left_as_it_is() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let segment = path.join("journal/000001.journal");
+    let mut bytes = fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&segment, &bytes).unwrap();
+    let done = repair(&path, &[]).unwrap();
+    assert!(!done.is_whole() && done.actions.is_empty());
+    assert_eq!(done.beyond.len(), 1, "{:?}", done.beyond);
+    assert_eq!(fs::read(&segment).unwrap(), bytes);
+}
+
+#[test]
+fn a_run_that_is_trained_is_not_repaired() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let held = Run::open(&path, &Options::default()).unwrap();
+    assert!(matches!(repair(&path, &[]), Err(Error::Locked { .. })));
+    assert!(plan(&path, &[]).unwrap().is_whole());
+    drop(held);
+}
+
+#[test]
+fn a_repair_can_be_cut_short_anywhere_by_a_kill_or_a_power_cut() {
+    // On disk: a manifest that cannot be read, a checkpoint whose pack is damaged, a left-over. The repair dies at each
+    // of its operations. Every content must still be there, the newest whole checkpoint offered, and a second repair
+    // must finish what the first began.
+    let memory = run_in_memory(4);
+    let files = memory.files();
+    let manifest = |step: u64| {
+        let start = format!("checkpoints/{step:09}-");
+        let mut names = files.keys().filter(|name| name.starts_with(&start));
+        names.next().unwrap().clone()
+    };
+    let damaged = |name: &String| {
+        let mut bytes = files[name].clone();
+        *bytes.last_mut().unwrap() ^= 1;
+        memory.put(name, bytes);
+    };
+    let checkpoints = {
+        let storage: Arc<dyn Storage> = Arc::new(memory.fork());
+        Run::open_on(storage, &Options::default()).unwrap()
+    };
+    let info = &checkpoints.checkpoints()[3];
+    let pack = checkpoints
+        .checkpoint(&info.name)
+        .unwrap()
+        .manifest()
+        .packs
+        .last()
+        .unwrap()
+        .name
+        .clone();
+    damaged(&manifest(4));
+    damaged(&format!("objects/{pack}"));
+    let before = memory.files();
+    let mut cuts = 0;
+    loop {
+        let trial = memory.fork();
+        let faulty = FaultyStorage::new(Arc::new(trial.clone()));
+        faulty.fail_at(
+            cuts,
+            if cuts % 2 == 0 {
+                Fault::Crash
+            } else {
+                Fault::CrashAfter
+            },
+        );
+        let done = repair_on(Arc::new(faulty), &[]).is_ok();
+        for leftovers in [Leftovers::Nothing, Leftovers::Names, Leftovers::Everything] {
+            let left = trial.after_power_cut(leftovers);
+            for (name, bytes) in before.iter().filter(|(name, _)| name.as_str() != "lock") {
+                let found = left.files().values().any(|found| found == bytes);
+                assert!(found, "{name} is gone after operation {cuts}, {leftovers:?}");
+            }
+            let again = repair_on(Arc::new(left.clone()), &[]).unwrap();
+            assert_eq!(again.whole.len(), 3, "operation {cuts}, {leftovers:?}");
+            let run = Run::open_on(
+                Arc::new(left),
+                &Options {
+                    strict: true,
+                    ..Options::default()
+                },
+            )
+            .unwrap();
+            assert_eq!(run.resumed_from().unwrap().info().step, 2);
+        }
+        if done {
+            break;
+        }
+        cuts += 1;
+    }
+    assert!(cuts > 40, "only {cuts} operations");
+}
