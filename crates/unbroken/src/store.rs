@@ -325,6 +325,8 @@ pub struct Store {
     places: HashMap<(Digest, u64), Place>,
     /// Files of failed commits that could not be removed yet.
     leftovers: Vec<String>,
+    /// Whether manifests were removed that may come back, and their packs are still there: the next prune goes on.
+    removing: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -342,6 +344,7 @@ impl Store {
             catalog: BTreeMap::new(),
             places: HashMap::new(),
             leftovers: Vec::new(),
+            removing: false,
         };
         for checkpoint in whole {
             store.admit(checkpoint, false);

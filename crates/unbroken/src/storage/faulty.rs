@@ -36,6 +36,8 @@ struct Plan {
     operations: Vec<&'static str>,
     fault: Option<(usize, Fault)>,
     crashed: bool,
+    /// Syncs asked of files of which one had failed.
+    retried: usize,
 }
 
 /// A storage that fails as planned.
@@ -70,6 +72,11 @@ impl FaultyStorage {
     /// Returns the names of the operations since the last plan.
     pub fn operations(&self) -> Vec<&'static str> {
         self.plan().operations.clone()
+    }
+
+    /// Returns how often a file was synced again after that had failed, since the last plan: each time is a mistake.
+    pub fn retried_syncs(&self) -> usize {
+        self.plan().retried
     }
 
     fn output(&self, output: Box<dyn Output>) -> Box<dyn Output> {
@@ -241,6 +248,8 @@ impl Output for FaultyOutput {
     fn sync(&self) -> io::Result<()> {
         let outcome = whole(&self.plan, "sync", || {
             if self.dropped.load(Ordering::Relaxed) {
+                let mut plan = self.plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                plan.retried += 1;
                 Ok(())
             } else {
                 self.output.sync()

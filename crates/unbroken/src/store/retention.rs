@@ -113,7 +113,7 @@ impl Store {
     /// The newest checkpoint is read in full before anything goes; its damage is an error, and nothing goes.
     pub(crate) fn prune(&mut self, policy: &Retention, dry_run: bool) -> Result<Vec<String>> {
         let names = policy.plan(&self.checkpoints())?;
-        if dry_run || names.is_empty() {
+        if dry_run || (names.is_empty() && !self.removing) {
             return Ok(names);
         }
         let newest = self
@@ -123,6 +123,7 @@ impl Store {
             .name
             .clone();
         Checkpoint::load(&self.directory, &newest)?.verify()?;
+        self.removing = true;
         for name in &names {
             self.directory.remove(&format!("{CHECKPOINTS}/{name}"))?;
             self.catalog.remove(name);
@@ -136,6 +137,7 @@ impl Store {
                 &unreferenced_packs(&self.directory, &referenced)?,
             )?;
         }
+        self.removing = false;
         Ok(names)
     }
 
