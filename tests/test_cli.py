@@ -237,6 +237,16 @@ def test_verify_finds_a_flipped_bit_in_a_tensor_and_quick_says_that_it_read_none
     assert [row["name"][:9] for row in json.loads(out)["damaged"]] == ["000000006"]
 
 
+def test_verify_misses_the_checkpoints_of_a_run_that_has_none_left(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for manifest in (run_path / "checkpoints").iterdir():
+        manifest.unlink()
+    code, out, _ = call(capfd, "verify", run_path)
+    assert code == 1
+    assert "no checkpoint of this run is there" in out
+
+
 def test_verify_finds_a_damaged_manifest_and_a_damaged_journal(
     run_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,11 @@ pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
         report.damaged(name, why.to_string(), streams)?;
     }
     let journal = target::open_journal(&target.path)?;
+    let begun = journal.last.is_some_and(|(step, _)| step > 0) || journal.unreadable || journal.foreign;
+    if begun && run.checkpoints.is_empty() && run.rejected.is_empty() {
+        let why = "no checkpoint of this run is there, though its journal is".to_owned();
+        report.damaged("checkpoints", why, streams)?;
+    }
     if !command.json {
         for warning in &journal.warnings {
             streams.say(format!("damaged  journal: {}", line(warning)))?;

@@ -87,6 +87,8 @@ pub struct Journal {
     pub last_life: u32,
     /// Whether some segment cannot be read at all.
     pub unreadable: bool,
+    /// Whether some segment is of another run.
+    pub foreign: bool,
     /// Highest (step, phase) that any life recorded, whatever was asked for.
     pub last: Option<(u64, u8)>,
     /// Chain hashes that a later life or a checkpoint may name.
@@ -230,6 +232,7 @@ impl Journal {
         }; // Torn before it said anything.
         if header.run_id != run_id || header.life != life {
             let (run, other) = (&header.run_id, header.life);
+            self.foreign |= header.run_id != run_id;
             self.warnings
                 .push(format!("`{name}` is of life {other} of run {run}; left alone"));
             return;

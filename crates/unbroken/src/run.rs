@@ -27,6 +27,12 @@ pub(crate) const LOCK: &str = "lock";
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// The largest run.toml that is read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
+/// The first line of run.toml.
+const COMMENT: &str = "# Who this run is. Written once by unbroken; do not edit.";
+/// What run.toml may hold.
+const CONFIG_KEYS: [&str; 6] = ["check", "created", "format", "id", "seed", "settings"];
+/// Its second line, with the digest of all others, begins with this.
+const CHECK: &str = "check = \"";
 
 /// How to open a run.
 #[derive(Clone, Debug, Default)]
@@ -549,6 +555,7 @@ fn refuse_what_was_lost(
                 format!("no manifest, though the journal has records up to step {step}")
             }
             _ if journal.unreadable => "no manifest, and a journal that cannot be read".to_owned(),
+            _ if journal.foreign => format!("no manifest, and a journal of another run than {CONFIG} names"),
             _ => return Ok(()),
         };
         rejected.push((CHECKPOINTS.to_owned(), why));
@@ -653,7 +660,37 @@ fn write_config(config: &Config) -> String {
     table.insert("seed".to_owned(), toml::Value::String(config.seed.to_string()));
     table.insert("created".to_owned(), toml::Value::String(config.created.clone()));
     table.insert("settings".to_owned(), toml::Value::Table(settings.collect()));
-    format!("# Who this run is. Written once by unbroken; do not edit.\n{table}")
+    let check = Digest::of(format!("{COMMENT}\n{table}").as_bytes());
+    // In front: a table would take in what follows it, and a file that ends early still has it.
+    format!("{COMMENT}\n{CHECK}{check}\"\n{table}")
+}
+
+/// Says whether a run.toml is as it was written. Those of the first releases have no check.
+fn verify_config(text: &str, table: &toml::Table) -> std::result::Result<(), Flaw> {
+    let known = |name: &String| CONFIG_KEYS.contains(&name.as_str());
+    if let Some(name) = table.keys().find(|name| !known(name)) {
+        return Err(Flaw::malformed(format!("its `{name}` is never written")));
+    }
+    // Without a check only what those wrote: a check that a flipped bit made a comment of is missed.
+    if !table.contains_key("check") && text.starts_with(&format!("{COMMENT}\ncreated")) {
+        return Ok(());
+    }
+    let is_check = |line: &&str| line.starts_with(CHECK);
+    let line = text
+        .split_inclusive('\n')
+        .nth(1)
+        .filter(is_check)
+        .unwrap_or_default();
+    let found = Digest::of(text.replacen(line, "", 1).as_bytes());
+    if line == format!("{CHECK}{found}\"\n") {
+        return Ok(());
+    }
+    let expected = line.trim_start_matches(CHECK).chars().take(16).collect();
+    Err(Flaw::Damaged {
+        part: CONFIG.to_owned(),
+        expected,
+        found: found.short(),
+    })
 }
 
 /// Reads `run.toml`; `None` where there is none.
@@ -677,6 +714,7 @@ fn read_config(directory: &Directory) -> Result<Option<Config>> {
         }
         None => return Err(malformed("it has no integer `format`".to_owned())),
     }
+    verify_config(&text, &table).map_err(flawed)?;
     let text_of = |name: &str| {
         let text = table.get(name).and_then(toml::Value::as_str).map(str::to_owned);
         text.ok_or_else(|| malformed(format!("it has no text `{name}`")))

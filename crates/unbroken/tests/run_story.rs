@@ -420,28 +420,40 @@ fn a_directory_that_is_no_run_is_left_as_it_is() {
     run.close().unwrap();
     let config = std::fs::read_to_string(path.join("run.toml")).unwrap();
     let before = listing(&path);
+    // As the first releases wrote it.
+    let unchecked: String = config
+        .split_inclusive('\n')
+        .filter(|line| !line.starts_with("check"))
+        .collect();
     for (text, said) in [
         (config.replace("format = 1", "format = 2"), "version 2"),
         (config.replace("format = 1", "format = \"1\""), "format"),
-        (config.replace("seed", "sead"), "seed"),
-        (config.replace("id = \"", "id = \"../"), "id"),
+        (config.replace("seed", "sead"), "sead"),
+        (config.replace("id = \"", "id = \"../"), "run.toml"),
+        (unchecked.replace("id = \"", "id = \"../"), "id"),
+        (unchecked.replace("seed = ", "check = "), "run.toml"),
         ("][".to_owned(), "run.toml"),
         (String::new(), "format"),
     ] {
         std::fs::write(path.join("run.toml"), &text).unwrap();
         let error = Run::open(&path, &Options::default()).unwrap_err();
-        assert!(matches!(error, Error::Format { .. }), "{text}: {error}");
+        assert!(
+            matches!(error, Error::Format { .. } | Error::Damaged { .. }),
+            "{text}: {error}"
+        );
         assert!(error.to_string().contains(said), "{text}: {error}");
         assert_eq!(listing(&path), before);
     }
     std::fs::remove_file(path.join("run.toml")).unwrap();
     let error = Run::open(&path, &Options::default()).unwrap_err();
     assert!(error.to_string().contains("not a run directory"), "{error}");
-    std::fs::write(path.join("run.toml"), config).unwrap();
-    assert_eq!(
-        resumed_step(&Run::open(&path, &Options::default()).unwrap()),
-        Some(0)
-    );
+    for text in [unchecked, config] {
+        std::fs::write(path.join("run.toml"), text).unwrap();
+        assert_eq!(
+            resumed_step(&Run::open(&path, &Options::default()).unwrap()),
+            Some(0)
+        );
+    }
 }
 
 #[test]

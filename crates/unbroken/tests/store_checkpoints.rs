@@ -223,45 +223,6 @@ fn an_operation_of_a_commit_that_fails_once_costs_that_commit_only() {
     }
 }
 
-#[test]
-fn an_operation_of_a_prune_that_fails_once_loses_no_checkpoint_that_is_kept() {
-    let policy = Retention {
-        last: Some(2),
-        ..Retention::default()
-    };
-    let before = run_in_memory(4);
-    for index in 0.. {
-        let memory = before.fork();
-        let faulty = FaultyStorage::new(Arc::new(memory.clone()));
-        let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
-        faulty.fail_at(index, Fault::Device);
-        let outcome = run.prune(&policy, false);
-        let failed = faulty.operations().len() > index;
-        assert!(failed == outcome.is_err(), "operation {index}: {outcome:?}");
-        faulty.heal();
-        assert_eq!(
-            open(&shared(&memory.fork()))
-                .map(|run| resumed_step(&run))
-                .unwrap(),
-            Some(4)
-        );
-        run.prune(&policy, false).unwrap();
-        run.close().unwrap();
-        let run = open(&shared(&memory)).unwrap();
-        assert_eq!(
-            run.checkpoints().iter().map(|info| info.step).collect::<Vec<_>>(),
-            [3, 4],
-            "operation {index}"
-        );
-        assert!(run.rejected().is_empty());
-        assert_exact(run.resumed_from().unwrap());
-        if !failed {
-            assert!(index > 5);
-            break;
-        }
-    }
-}
-
 /// Name of the only file in a directory of the run that belongs to a step: its manifest, or the pack it added.
 fn manifest_of(memory: &MemoryStorage, step: u64) -> String {
     let names = files_in(memory, "checkpoints");
@@ -399,66 +360,6 @@ fn a_run_whose_checkpoints_are_all_lost_is_refused_and_left_alone() {
             .collect();
         assert_eq!(after, before, "{kind}");
     }
-}
-
-#[test]
-fn a_flipped_bit_anywhere_in_a_checkpoint_is_found_before_a_byte_is_handed_out() {
-    // Two checkpoints that share a pack; one bit at a time, over the newer one's manifest and both packs. The run must
-    // not resume from a checkpoint that the bit belongs to, and verifying must find it.
-    let before = run_in_memory(1);
-    let manifest = manifest_of(&before, 1);
-    let newest = open(&shared(&before.fork()))
-        .unwrap()
-        .resumed_from()
-        .unwrap()
-        .clone();
-    let packs = newest
-        .manifest()
-        .packs
-        .iter()
-        .map(|pack| format!("objects/{}", pack.name));
-    let mut flips = 0;
-    for name in packs.chain([manifest]) {
-        let bytes = before.files()[&name].clone();
-        let span = bytes.len() * 8;
-        for flip in 0..150 {
-            // Spread over the file, first and last bit included; a prime step visits all bit positions.
-            let bit = if flip == 149 {
-                span - 1
-            } else {
-                flip * (span / 149)
-            };
-            let mut damaged = bytes.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            let memory = before.fork();
-            memory.put(&name, damaged);
-            flips += 1;
-            match open(&shared(&memory)) {
-                Ok(run) if resumed_step(&run) == Some(1) => {
-                    // The bit is in what only step 0 has, in the pack that both refer to.
-                    assert_exact(run.resumed_from().unwrap());
-                    let older = run.checkpoint(&run.checkpoints()[0].name).unwrap();
-                    let error = older.verify().unwrap_err();
-                    assert!(
-                        matches!(error, Error::Damaged { .. }),
-                        "bit {bit} of {name}: {error}"
-                    );
-                }
-                Ok(run) => {
-                    assert_eq!(run.rejected().len(), 1, "bit {bit} of {name}");
-                    assert_exact(run.resumed_from().unwrap());
-                }
-                // A byte of the first pack that both checkpoints refer to.
-                Err(error) => {
-                    assert!(
-                        matches!(error, Error::NoWholeCheckpoint { .. }),
-                        "bit {bit} of {name}: {error}"
-                    );
-                }
-            }
-        }
-    }
-    assert_eq!(flips, 450);
 }
 
 #[test]
