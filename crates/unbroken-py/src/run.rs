@@ -79,6 +79,7 @@ impl Run {
             seed,
             settings: fields_from_python(settings)?,
             strict,
+            ..Options::default()
         };
         let run = py
             .detach(|| run::Run::open(&path, &options))

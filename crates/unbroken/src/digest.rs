@@ -5,7 +5,9 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Mutex;
 
+use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::error::Error;
@@ -74,6 +76,74 @@ impl Hasher {
     pub fn finish(&self) -> Digest {
         Digest(self.0.finalize().into())
     }
+}
+
+/// Bytes that an [`Assembly`] takes as one group: enough to hash at full speed, few enough to keep aside.
+pub const GROUP: usize = 64 << 10;
+
+/// Takes the digest of a byte string of known length whose groups arrive in any order, from any thread.
+///
+/// Equal to [`Digest::of`] over the whole: BLAKE3 is a tree, and a group is one of its subtrees.
+#[derive(Debug)]
+pub struct Assembly {
+    length: u64,
+    /// The subtrees' values; of a string of one group, the digest itself.
+    groups: Mutex<Vec<ChainingValue>>,
+}
+
+impl Assembly {
+    /// An assembly that has seen nothing.
+    pub fn new(length: u64) -> Assembly {
+        let count = usize::try_from(length.div_ceil(GROUP as u64)).expect("bytes in memory");
+        Assembly {
+            length,
+            groups: Mutex::new(vec![ChainingValue::default(); count.max(1)]),
+        }
+    }
+
+    /// Takes whole groups, from group number `first` on; the byte string's last one may be short.
+    pub fn put(&self, first: usize, bytes: &[u8]) {
+        if self.length <= GROUP as u64 {
+            self.groups.lock().expect("nothing panics with it")[0] = blake3::hash(bytes).into();
+            return;
+        }
+        let hash = |(index, group): (usize, &[u8])| {
+            let offset = ((first + index) * GROUP) as u64;
+            let mut hasher = blake3::Hasher::new();
+            hasher.set_input_offset(offset).update(group).finalize_non_root()
+        };
+        let values: Vec<ChainingValue> = bytes.chunks(GROUP).enumerate().map(hash).collect();
+        self.groups.lock().expect("nothing panics with it")[first..first + values.len()]
+            .copy_from_slice(&values);
+    }
+
+    /// The digest, when every group has been put.
+    pub fn finish(&self) -> Digest {
+        let groups = self.groups.lock().expect("nothing panics with it");
+        match self.length {
+            0 => Digest::of(&[]),
+            length if length <= GROUP as u64 => Digest(groups[0]),
+            length => {
+                let (left, right) = halves(&groups, length);
+                Digest(hazmat::merge_subtrees_root(&left, &right, Mode::Hash).into())
+            }
+        }
+    }
+}
+
+/// The values of the two subtrees below the root of a tree over more than one group.
+fn halves(groups: &[ChainingValue], length: u64) -> (ChainingValue, ChainingValue) {
+    let left = hazmat::left_subtree_len(length);
+    let (first, second) = groups.split_at((left / GROUP as u64) as usize);
+    (subtree(first, left), subtree(second, length - left))
+}
+
+fn subtree(groups: &[ChainingValue], length: u64) -> ChainingValue {
+    if groups.len() == 1 {
+        return groups[0];
+    }
+    let (left, right) = halves(groups, length);
+    hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash)
 }
 
 /// An xxh3-128 hash in its canonical, big-endian form. Shown as 32 lower-case hexadecimal digits.
@@ -181,6 +251,37 @@ pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_in_any_order_give_the_digest_of_the_whole() {
+        let bytes: Vec<u8> = (0..5 * GROUP + 3).map(|index| (index * 31 / 7) as u8).collect();
+        let lengths = [
+            0,
+            1,
+            GROUP - 1,
+            GROUP,
+            GROUP + 1,
+            2 * GROUP,
+            3 * GROUP,
+            4 * GROUP - 5,
+            bytes.len(),
+        ];
+        for length in lengths {
+            let bytes = &bytes[..length];
+            for run in [1, 2, 6] {
+                let assembly = Assembly::new(length as u64);
+                let pieces: Vec<_> = bytes.chunks(run * GROUP).enumerate().collect();
+                for (index, piece) in pieces.into_iter().rev() {
+                    assembly.put(index * run, piece);
+                }
+                assert_eq!(
+                    assembly.finish(),
+                    Digest::of(bytes),
+                    "{length} bytes in runs of {run}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn a_digest_survives_its_own_text() {

@@ -75,6 +75,7 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
         seed: Some(config.seed),
         settings: config.settings,
         strict: true,
+        ..Options::default()
     };
     let new = Run::open(staging.path(), &options)?;
     new.begin()?;

@@ -14,6 +14,7 @@
 //! # Ok::<(), unbroken::error::Error>(())
 //! ```
 
+pub mod arena;
 pub mod cause;
 pub mod certificate;
 pub mod compare;

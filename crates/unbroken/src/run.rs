@@ -18,7 +18,9 @@ use crate::journal::{self, Boundary, JOURNAL, Journal, Writer};
 use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
-use crate::store::{self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP};
+use crate::store::{
+    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP, Tuning,
+};
 
 const CONFIG: &str = "run.toml";
 pub(crate) const LOCK: &str = "lock";
@@ -43,6 +45,8 @@ pub struct Options {
     pub settings: Vec<(String, Value)>,
     /// Refuse a damaged newest checkpoint instead of falling back to the next older one.
     pub strict: bool,
+    /// Sizes of the engine that writes checkpoints.
+    pub tuning: Tuning,
 }
 
 /// Who a run is, from its `run.toml`.
@@ -140,11 +144,11 @@ impl Run {
             Nature::Run(config) => config,
             Nature::Fresh => create(&directory, options)?,
         };
-        Run::resume(directory, config, lock, options.strict)
+        Run::resume(directory, config, lock, options)
     }
 
     /// Finds the newest whole checkpoint and what the journal holds behind it.
-    fn resume(directory: Directory, config: Config, lock: Box<dyn Lock>, strict: bool) -> Result<Run> {
+    fn resume(directory: Directory, config: Config, lock: Box<dyn Lock>, options: &Options) -> Result<Run> {
         let mut survey = store::survey(&directory, &config.id)?;
         let resumed_from = choose(&mut survey)?;
         let boundary = resumed_from
@@ -155,7 +159,9 @@ impl Run {
             .partition(|(name, ..)| boundary.is_none_or(|boundary| (name.step, name.phase) >= boundary));
         let told = |(_, name, error): &(_, String, Error)| (name.clone(), error.to_string());
         let mut rejected: Vec<(String, String)> = newer.iter().map(told).collect();
-        if strict && let Some((_, _, error)) = newer.into_iter().next() {
+        if options.strict
+            && let Some((_, _, error)) = newer.into_iter().next()
+        {
             return Err(error);
         }
         let journal = journal::read(&directory, &config.id, boundary)?;
@@ -198,7 +204,12 @@ impl Run {
                 "removed {count} left-over files of commits that were cut short"
             )),
         }
-        let mut store = Store::new(directory.clone(), config.id.clone(), &survey.whole);
+        let mut store = Store::new(
+            directory.clone(),
+            config.id.clone(),
+            &survey.whole,
+            options.tuning,
+        );
         if let Some(checkpoint) = &resumed_from {
             store.trust(checkpoint);
         }
@@ -435,7 +446,8 @@ impl Run {
     ///
     /// # Errors
     ///
-    /// The newest checkpoint is read in full before anything goes; its damage is an error, and nothing goes.
+    /// Nothing goes before one of the newest that stay was read back in full since it was written; damage of the newest
+    /// is an error, and nothing goes.
     pub fn prune(&self, policy: &Retention, dry_run: bool) -> Result<Vec<String>> {
         self.check_lock()?;
         guard(&self.store).prune(policy, dry_run)
@@ -470,7 +482,10 @@ impl Run {
         };
         drop(pen);
         // A commit that is under way has the store; the lock must not go before it is done.
-        let _store = guard(&self.store);
+        let mut store = guard(&self.store);
+        if guard(&self.lock).is_some() && self.pid == std::process::id() {
+            store.close();
+        }
         guard(&self.lock).take();
         synced
     }

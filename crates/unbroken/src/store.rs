@@ -4,6 +4,7 @@
 //! names. Nothing that was committed is written again. The order of a commit is the whole proof: packs, their sync,
 //! their names, the names' sync; then the same for the manifest. Any prefix of it leaves garbage, never damage.
 
+mod pack_writer;
 mod read;
 mod retention;
 mod write;
@@ -21,6 +22,7 @@ use crate::state::{Tensor, Value};
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
 
+use pack_writer::Buffers;
 pub use retention::{Best, Order, Retention};
 pub use write::Commit;
 
@@ -30,6 +32,9 @@ pub(crate) const CHECKPOINTS: &str = "checkpoints";
 pub(crate) const OBJECTS: &str = "objects";
 /// Directory of files that have no name yet.
 pub(crate) const TMP: &str = "tmp";
+
+/// How the name of a file ends that is kept to be written over.
+const SPARE: &str = ".old";
 
 /// The largest manifest that is read, in bytes: the largest encoded value and what surrounds it.
 const MAX_MANIFEST: u64 = crate::format::value::MAX_ENCODED as u64 + (1 << 20);
@@ -327,6 +332,43 @@ pub struct Store {
     leftovers: Vec<String>,
     /// Whether manifests were removed that may come back, and their packs are still there: the next prune goes on.
     removing: bool,
+    tuning: Tuning,
+    buffers: Buffers,
+    /// What the last commit found, storage by storage.
+    habits: Vec<Habit>,
+    /// Checkpoints of which every byte was read before others were deleted.
+    read_back: BTreeSet<String>,
+    /// A deleted pack's file in `tmp/`, to be written over by the next pack.
+    spare: Option<String>,
+}
+
+/// What a storage is expected to do from one commit to the next.
+#[derive(Clone, Copy, Debug)]
+struct Habit {
+    length: u64,
+    /// Whether the last commit found bytes there that are nowhere else, and other ones than the commit before.
+    changes: bool,
+}
+
+/// Sizes that the engine works with. The defaults are measured; tests take small ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Bytes that are copied, digested and written at a time; at least [`crate::digest::GROUP`].
+    pub piece: usize,
+    /// Threads that do so, each with a buffer of that size.
+    pub workers: usize,
+    /// Packs from this size on are written over the file of a deleted one.
+    pub reuse_from: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            piece: 4 << 20,
+            workers: 4,
+            reuse_from: 1 << 20,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -337,7 +379,7 @@ struct Entry {
 
 impl Store {
     /// Returns a store over a run's whole checkpoints. The caller holds the run's lock.
-    pub(crate) fn new(directory: Directory, run_id: String, whole: &[Checkpoint]) -> Store {
+    pub(crate) fn new(directory: Directory, run_id: String, whole: &[Checkpoint], tuning: Tuning) -> Store {
         let mut store = Store {
             directory,
             run_id,
@@ -345,6 +387,11 @@ impl Store {
             places: HashMap::new(),
             leftovers: Vec::new(),
             removing: false,
+            buffers: Buffers::new(tuning.piece, tuning.workers),
+            tuning,
+            habits: Vec::new(),
+            read_back: BTreeSet::new(),
+            spare: None,
         };
         for checkpoint in whole {
             store.admit(checkpoint, false);
@@ -397,6 +444,12 @@ impl Store {
         self.newest().map(|entry| (entry.info.step, entry.info.phase))
     }
 
+    /// Gives up what is kept for later. What cannot be removed is swept at the next open.
+    pub(crate) fn close(&mut self) {
+        self.leftovers.extend(self.spare.take());
+        self.remove_leftovers();
+    }
+
     fn newest(&self) -> Option<&Entry> {
         self.catalog
             .values()
@@ -414,6 +467,8 @@ pub(crate) fn sweep(directory: &Directory, survey: &Survey) -> Result<usize> {
         if is_temporary_name(&name) {
             directory.remove(&format!("{TMP}/{name}"))?;
             count += 1;
+        } else if name.strip_suffix(SPARE).is_some_and(is_random_name) {
+            directory.remove(&format!("{TMP}/{name}"))?; // Kept on purpose, so that nothing was cut short.
         }
     }
     if survey.complete {

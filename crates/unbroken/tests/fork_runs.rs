@@ -20,7 +20,7 @@ fn source(path: &Path, last: u64) -> Run {
     let options = Options {
         seed: Some(11),
         settings,
-        strict: false,
+        ..Options::default()
     };
     let run = Run::open(path, &options).unwrap();
     run.begin().unwrap();

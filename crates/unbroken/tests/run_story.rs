@@ -30,7 +30,7 @@ fn options() -> Options {
     Options {
         seed: Some(u64::MAX),
         settings,
-        strict: false,
+        ..Options::default()
     }
 }
 

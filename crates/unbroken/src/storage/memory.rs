@@ -267,7 +267,14 @@ impl Storage for MemoryStorage {
 
     fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
         split(name)?;
-        let node = *self.content().names.get(name).ok_or_else(missing)?;
+        let node = {
+            let content = self.content();
+            let node = *content.names.get(name).ok_or_else(missing)?;
+            if content.names.values().filter(|&&other| other == node).count() > 1 {
+                return Ok(None);
+            }
+            node
+        };
         Ok(Some(Box::new(MemoryFile {
             storage: self.clone(),
             node,

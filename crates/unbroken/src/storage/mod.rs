@@ -354,6 +354,11 @@ impl File {
         &self.name
     }
 
+    /// Its path, for messages.
+    pub fn path(&self) -> PathBuf {
+        self.directory.path(&self.name)
+    }
+
     /// Bytes written so far.
     pub fn written(&self) -> u64 {
         self.written

@@ -1,20 +1,20 @@
 //! Reading a checkpoint's bytes: every byte that is handed out was hashed on its way.
 //!
-//! Touches: packs, read only. Works on several threads where there is much to read.
+//! Touches: packs, read only. Works on several threads where there is much to read, also within one storage.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Checkpoint, OBJECTS, leaf_of};
-use crate::digest::{Digest, Hasher};
+use crate::digest::{Assembly, Digest, GROUP};
 use crate::error::{Error, Result};
 use crate::format::manifest::{PackEntry, StorageEntry};
 use crate::format::pack;
 use crate::storage::{Directory, Source};
 
 /// Bytes read and hashed at a time: small enough to be in the cache when they are hashed.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 8 * GROUP;
 /// Below this many bytes, starting threads costs more than it gains.
 const WORTH_THREADS: u64 = 4 << 20;
 /// Most threads that read or hash.
@@ -28,6 +28,15 @@ enum Target<'a> {
     Nowhere,
 }
 
+/// A part of one storage that is read and hashed at once.
+struct Piece<'a> {
+    /// Which of the targets.
+    target: usize,
+    /// Which piece of it.
+    index: usize,
+    bytes: Target<'a>,
+}
+
 impl Checkpoint {
     /// Returns one storage's bytes, verified.
     ///
@@ -36,11 +45,11 @@ impl Checkpoint {
     /// `Damaged` names file and leaf.
     pub fn read(&self, storage: usize) -> Result<Vec<u8>> {
         let entry = self.entry(storage)?;
-        let pack = open_pack(&self.directory, &self.manifest.packs[entry.pack as usize])?;
         // The pack is as long as the manifest says and the storage lies in it: the length is backed by bytes on disk.
+        open_pack(&self.directory, &self.manifest.packs[entry.pack as usize])?;
         let mut bytes =
             vec![0; usize::try_from(entry.length).expect("a storage that is on disk fits in memory")];
-        self.fill(&pack, storage, &mut Target::Memory(&mut bytes))?;
+        self.fill_all(vec![(storage, Target::Memory(&mut bytes))])?;
         Ok(bytes)
     }
 
@@ -124,48 +133,85 @@ impl Checkpoint {
                 )?);
             }
         }
-        each_in_parallel(total, targets, |(storage, mut target)| {
-            self.fill(&packs[&self.entry(storage)?.pack], storage, &mut target)
-        })
-    }
-
-    fn fill(&self, pack: &Source, storage: usize, target: &mut Target) -> Result<()> {
-        let entry = self.entry(storage)?;
-        let found = match target {
-            Target::Memory(memory) => {
-                let mut hasher = Hasher::new();
-                for (index, piece) in memory.chunks_mut(PIECE).enumerate() {
-                    pack.read_exact_at(entry.offset + (index * PIECE) as u64, piece)?;
-                    hasher.update(piece);
-                }
-                hasher.finish()
-            }
-            Target::Nowhere => digest_on_disk(pack, entry.offset, entry.length)?,
-        };
-        if found == entry.digest {
-            return Ok(());
+        let storages: Vec<usize> = targets.iter().map(|(storage, _)| *storage).collect();
+        let entries = storages
+            .iter()
+            .map(|storage| self.entry(*storage))
+            .collect::<Result<Vec<_>>>()?;
+        let digests: Vec<Assembly> = entries.iter().map(|entry| Assembly::new(entry.length)).collect();
+        let mut pieces = Vec::new();
+        for (at, (_, target)) in targets.into_iter().enumerate() {
+            cut(at, target, entries[at].length, &mut pieces);
         }
-        Err(damaged(
-            pack,
-            leaf_of(&self.manifest.tree, storage),
-            &entry.digest,
-            &found,
-        ))
+        // In the order in which the disk has them.
+        pieces.sort_by_key(|piece| {
+            (
+                entries[piece.target].pack,
+                entries[piece.target].offset,
+                piece.index,
+            )
+        });
+        each_in_parallel(total, pieces, |scratch, piece| {
+            let entry = entries[piece.target];
+            let start = (piece.index * PIECE) as u64;
+            let memory = match piece.bytes {
+                Target::Memory(memory) => memory,
+                Target::Nowhere => {
+                    let length = (entry.length - start).min(PIECE as u64) as usize;
+                    scratch.resize(length.max(scratch.len()), 0);
+                    &mut scratch[..length]
+                }
+            };
+            packs[&entry.pack].read_exact_at(entry.offset + start, memory)?;
+            digests[piece.target].put(piece.index * (PIECE / GROUP), memory);
+            Ok(())
+        })?;
+        for (at, entry) in entries.iter().enumerate() {
+            let found = digests[at].finish();
+            if found != entry.digest {
+                let leaf = leaf_of(&self.manifest.tree, storages[at]);
+                return Err(damaged(&packs[&entry.pack], leaf, &entry.digest, &found));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts what is to be read of one storage into pieces; nothing of an empty one.
+fn cut<'a>(target: usize, bytes: Target<'a>, length: u64, pieces: &mut Vec<Piece<'a>>) {
+    match bytes {
+        Target::Memory(memory) => {
+            let parts = memory.chunks_mut(PIECE).enumerate();
+            pieces.extend(parts.map(|(index, part)| Piece {
+                target,
+                index,
+                bytes: Target::Memory(part),
+            }));
+        }
+        Target::Nowhere => {
+            let count = length.div_ceil(PIECE as u64) as usize;
+            pieces.extend((0..count).map(|index| Piece {
+                target,
+                index,
+                bytes: Target::Nowhere,
+            }));
+        }
     }
 }
 
 /// Returns the digest of a part of a file.
 pub(super) fn digest_on_disk(source: &Source, offset: u64, length: u64) -> Result<Digest> {
-    let mut hasher = Hasher::new();
-    let mut piece = vec![0; usize::try_from(length).map_or(PIECE, |length| length.min(PIECE))];
-    let mut done = 0;
-    while done < length {
-        let count = usize::try_from(length - done).map_or(piece.len(), |left| left.min(piece.len()));
-        source.read_exact_at(offset + done, &mut piece[..count])?;
-        hasher.update(&piece[..count]);
-        done += count as u64;
-    }
-    Ok(hasher.finish())
+    let digest = Assembly::new(length);
+    let mut pieces = Vec::new();
+    cut(0, Target::Nowhere, length, &mut pieces);
+    each_in_parallel(length, pieces, |scratch, piece| {
+        let start = (piece.index * PIECE) as u64;
+        scratch.resize((length - start).min(PIECE as u64) as usize, 0);
+        source.read_exact_at(offset + start, scratch)?;
+        digest.put(piece.index * (PIECE / GROUP), scratch);
+        Ok(())
+    })?;
+    Ok(digest.finish())
 }
 
 /// Opens a pack that is as long as its manifest says.
@@ -196,40 +242,44 @@ fn damaged(source: &Source, part: String, expected: &Digest, found: &Digest) -> 
 /// Returns the digest of each region, on several threads where there is much to hash.
 pub(super) fn digest_all(regions: &[&[u8]]) -> Vec<Digest> {
     let total = regions.iter().map(|region| region.len() as u64).sum();
-    let mut digests = vec![Digest([0; 32]); regions.len()];
-    let work = regions.iter().zip(&mut digests).collect();
-    let done = each_in_parallel(total, work, |(region, digest): (&&[u8], &mut Digest)| {
-        *digest = Digest::of(region);
+    let digests: Vec<Assembly> = regions
+        .iter()
+        .map(|region| Assembly::new(region.len() as u64))
+        .collect();
+    let pieces = regions.iter().zip(&digests).flat_map(|(region, digest)| {
+        let parts = region.chunks(PIECE).enumerate();
+        parts.map(move |(index, part)| (digest, index, part))
+    });
+    let done = each_in_parallel(total, pieces.collect(), |_, (digest, index, part)| {
+        digest.put(index * (PIECE / GROUP), part);
         Ok(())
     });
     done.expect("hashing memory cannot fail");
-    digests
+    digests.iter().map(Assembly::finish).collect()
 }
 
-/// Does `work` on each item, on several threads if `total_bytes` is worth it. The first error stops the rest.
+/// Does `work` on each item, on several threads if `total_bytes` is worth it. The first error stops the rest. Each thread
+/// has memory of its own, which its next item finds as the last one left it.
 fn each_in_parallel<T: Send>(
     total_bytes: u64,
     items: Vec<T>,
-    work: impl Fn(T) -> Result<()> + Sync,
+    work: impl Fn(&mut Vec<u8>, T) -> Result<()> + Sync,
 ) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = cores.min(MAX_THREADS).min(items.len());
     if total_bytes < WORTH_THREADS || threads < 2 {
-        return items.into_iter().try_for_each(work);
+        let mut scratch = Vec::new();
+        return items.into_iter().try_for_each(|item| work(&mut scratch, item));
     }
-    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let items = Mutex::new(items.into_iter());
+    let failed = AtomicBool::new(false);
     let take_turns = || {
+        let mut scratch = Vec::new();
         while !failed.load(Ordering::Relaxed) {
-            let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) else {
+            let Some(item) = items.lock().expect("nothing panics with it").next() else {
                 break;
             };
-            let item = item
-                .lock()
-                .expect("an item is taken once")
-                .take()
-                .expect("an item is taken once");
-            if let Err(error) = work(item) {
+            if let Err(error) = work(&mut scratch, item) {
                 failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }

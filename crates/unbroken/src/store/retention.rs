@@ -1,10 +1,12 @@
 //! Retention: which checkpoints stay, decided first and shown on request, then carried out manifest first.
 //!
-//! Touches: `checkpoints/` and `objects/`, only ever removing; never a file of another run or one it cannot read.
+//! Touches: `checkpoints/` and `objects/`, only ever removing; never a file of another run or one it cannot read. One
+//! pack's file is moved to `tmp/` instead, for the next pack to be written over it: its blocks are on the disk already.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Store, is_damage, remove_packs, unreferenced_packs};
+use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, OBJECTS, SPARE, Store, TMP};
+use super::{is_damage, random_name, remove_packs, unreferenced_packs};
 use crate::error::{Error, Result};
 use crate::format::manifest;
 
@@ -110,35 +112,61 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// The newest checkpoint is read in full before anything goes; its damage is an error, and nothing goes.
+    /// Nothing goes before a checkpoint among the newest that stay was read back in full since it was written; damage of
+    /// the newest is an error, and nothing goes.
     pub(crate) fn prune(&mut self, policy: &Retention, dry_run: bool) -> Result<Vec<String>> {
         let names = policy.plan(&self.checkpoints())?;
         if dry_run || (names.is_empty() && !self.removing) {
             return Ok(names);
         }
-        let newest = self
-            .newest()
-            .expect("something goes, so something stays")
-            .info
-            .name
-            .clone();
-        Checkpoint::load(&self.directory, &newest)?.verify()?;
+        self.read_back(policy, &names)?;
+        let mut lengths = HashMap::new();
         self.removing = true;
         for name in &names {
             self.directory.remove(&format!("{CHECKPOINTS}/{name}"))?;
-            self.catalog.remove(name);
+            let entry = self.catalog.remove(name);
+            self.read_back.remove(name);
+            let packs = entry.into_iter().flat_map(|entry| entry.packs);
+            lengths.extend(packs.map(|pack| (pack.name, pack.length)));
         }
         self.directory.sync_dir(CHECKPOINTS)?;
         if let Some(referenced) = self.referenced()? {
             self.places
                 .retain(|_, place| referenced.contains(&place.pack.name));
-            remove_packs(
-                &self.directory,
-                &unreferenced_packs(&self.directory, &referenced)?,
-            )?;
+            let mut garbage = unreferenced_packs(&self.directory, &referenced)?;
+            if self.spare.is_none()
+                && let Some(at) = garbage.iter().position(|name| {
+                    lengths
+                        .get(name)
+                        .is_some_and(|&length| length >= self.tuning.reuse_from)
+                })
+            {
+                let spare = format!("{TMP}/{}{SPARE}", random_name()?);
+                let pack = garbage.swap_remove(at);
+                // No manifest that could come back names it: theirs are gone for good.
+                self.directory.rename_new(&format!("{OBJECTS}/{pack}"), &spare)?;
+                self.spare = Some(spare);
+            }
+            remove_packs(&self.directory, &garbage)?;
         }
         self.removing = false;
         Ok(names)
+    }
+
+    /// Makes sure that what stays can be read: the newest checkpoint's manifest and packs are as they should be, and one
+    /// of the newest that stay was read in full. Reading each in full would double what a save costs.
+    fn read_back(&mut self, policy: &Retention, going: &[String]) -> Result<()> {
+        let staying = self.checkpoints().into_iter().rev().map(|info| info.name);
+        let staying = staying.filter(|name| !going.contains(name));
+        let newest: Vec<String> = staying.take(policy.last.unwrap_or(1)).collect();
+        let first = newest.first().expect("something goes, so the newest stays");
+        let checkpoint = Checkpoint::load(&self.directory, first)?;
+        if newest.iter().any(|name| self.read_back.contains(name)) {
+            return checkpoint.check_packs();
+        }
+        checkpoint.verify()?;
+        self.read_back.insert(first.clone());
+        Ok(())
     }
 
     /// Returns the packs that manifests refer to; `None` where a file among the manifests cannot be read.

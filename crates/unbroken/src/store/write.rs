@@ -1,24 +1,23 @@
 //! Committing a checkpoint: first a plan of what is new, then the writes in the order that makes them safe.
 //!
-//! Touches: `tmp/`, `objects/` and `checkpoints/`, only ever making names that were not there.
+//! Touches: `tmp/`, `objects/` and `checkpoints/`, only ever making names that were not there; and the file of a deleted
+//! pack in `tmp/`, which is written over.
+//!
+//! Bytes are read once where that is enough: a storage that changed up to the last commit is taken for new in this one,
+//! and digested while it is written. Others are digested first, so that what is on disk already is not written again.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
+use std::collections::{HashMap, HashSet};
 
 use super::read::{digest_all, digest_on_disk, open_pack};
-use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, OBJECTS, Place, Store, is_damage, pack_tensors};
-use super::{random_name, temporary_name};
+use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Habit, OBJECTS, Place, Store, is_damage, pack_tensors};
+use super::{leaf_of, pack_writer, random_name, temporary_name};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use crate::format::pack::{self, PackLayout};
 use crate::state::Value;
 use crate::storage::{File, already_exists};
-
-/// Bytes that are collected before they are written, so that small tensors share a call.
-const BUFFER: usize = 1 << 20;
-/// Storages from this size on are written from where they are.
-const LARGE: usize = 64 << 10;
 
 /// What a checkpoint is made of.
 #[derive(Clone, Debug)]
@@ -41,12 +40,54 @@ pub struct Commit<'a> {
     pub pinned: bool,
 }
 
-/// What a commit will do: where each storage's bytes are or go.
+/// Where a storage's bytes are or go.
+#[derive(Clone, Copy)]
+enum Origin {
+    /// On disk already: index among the manifest's packs, offset there.
+    There(u32, u64),
+    /// Into the new pack: position among the new storages.
+    New(usize),
+}
+
+/// What a commit will do.
 struct Plan {
-    storages: Vec<StorageEntry>,
+    origins: Vec<Origin>,
+    /// Digests of the storages that were digested first.
+    known: Vec<Option<Digest>>,
     packs: Vec<PackEntry>,
     /// Indices of the storages to write, and how the pack that they go to is laid out.
     new: Option<(Vec<usize>, PackLayout)>,
+}
+
+impl Plan {
+    fn new_bytes(&self) -> u64 {
+        self.new.as_ref().map_or(0, |(_, layout)| layout.length)
+    }
+
+    /// What the manifest says of the storages; `written` are the digests of the new ones, in their order in the plan.
+    fn entries(&self, storages: &[&[u8]], written: &[Digest]) -> Vec<StorageEntry> {
+        let describe = |(index, origin): (usize, &Origin)| {
+            let (digest, pack, offset) = match (*origin, &self.new) {
+                (Origin::New(position), Some((_, layout))) => (
+                    written[position],
+                    self.packs.len() as u32 - 1,
+                    layout.offsets[position],
+                ),
+                (Origin::There(pack, offset), _) => {
+                    let known = self.known[index].expect("what is on disk was found by its digest");
+                    (known, pack, offset)
+                }
+                (Origin::New(_), None) => unreachable!("a new storage has a new pack"),
+            };
+            StorageEntry {
+                digest,
+                length: storages[index].len() as u64,
+                pack,
+                offset,
+            }
+        };
+        self.origins.iter().enumerate().map(describe).collect()
+    }
 }
 
 impl Store {
@@ -69,9 +110,8 @@ impl Store {
     ) -> Result<CheckpointInfo> {
         self.remove_leftovers();
         let plan = self.plan(&commit)?;
-        let new_bytes = plan.new.as_ref().map_or(0, |(_, layout)| layout.length);
-        let Plan { storages, packs, new } = plan;
-        let manifest = Manifest {
+        let count = plan.new.as_ref().map_or(0, |(new, _)| new.len());
+        let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
             phase: commit.phase,
@@ -79,8 +119,8 @@ impl Store {
             life,
             created,
             tree: commit.tree,
-            storages,
-            packs,
+            storages: plan.entries(&commit.storages, &vec![Digest([0; 32]); count]),
+            packs: plan.packs.clone(),
             identity: commit.identity,
             environment: commit.environment,
             metrics: commit
@@ -90,21 +130,24 @@ impl Store {
                 .collect(),
             pinned: commit.pinned,
             journal_head,
-            new_bytes,
+            new_bytes: plan.new_bytes(),
         };
-        // Encoded before anything is written: what the format refuses costs no disk.
-        let (bytes, digest) = manifest::encode(&manifest)?;
-        let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
-        let needed = new_bytes + bytes.len() as u64;
+        // Encoded before anything is written: what the format refuses costs no disk. The digests change no length.
+        let needed = plan.new_bytes() + manifest::encode(&manifest)?.0.len() as u64;
 
         let mut made = Vec::new();
-        let published = self.publish_all(&manifest, new, &commit.storages, &bytes, &name, &mut made);
-        if let Err(error) = published {
-            // Before measuring, so that the error tells the space there is and not the space there was.
-            self.leftovers.extend(made.into_iter().rev());
-            self.remove_leftovers();
-            return Err(self.with_space(error, needed));
-        }
+        let published = self.publish_all(&mut manifest, &plan, &commit.storages, &mut made);
+        let name = match published {
+            Ok(name) => name,
+            Err(error) => {
+                // Before measuring, so that the error tells the space there is and not the space there was.
+                self.leftovers.extend(made.into_iter().rev());
+                self.leftovers.extend(self.spare.take());
+                self.remove_leftovers();
+                return Err(self.with_space(error, needed));
+            }
+        };
+        self.remember(&manifest.storages);
 
         let info = std::sync::Arc::new(CheckpointInfo::new(&self.directory, &name, &manifest));
         let manifest = std::sync::Arc::new(manifest);
@@ -117,42 +160,76 @@ impl Store {
         Ok((*checkpoint.info).clone())
     }
 
-    /// Puts pack and manifest in place. `made` receives each name as it comes to be.
+    /// Puts pack and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.
     fn publish_all(
-        &self,
-        manifest: &Manifest,
-        new: Option<(Vec<usize>, PackLayout)>,
+        &mut self,
+        manifest: &mut Manifest,
+        plan: &Plan,
         storages: &[&[u8]],
-        manifest_bytes: &[u8],
-        name: &str,
         made: &mut Vec<String>,
-    ) -> Result<()> {
-        if let Some((indices, layout)) = new {
-            let entry = manifest.packs.last().expect("a new pack is the manifest's last");
-            self.publish(&format!("{OBJECTS}/{}", entry.name), OBJECTS, made, |file| {
-                let regions = layout.order.iter().map(|&at| storages[indices[at]]);
-                write_joined(file, std::iter::once(layout.header.as_slice()).chain(regions))
-            })?;
+    ) -> Result<String> {
+        if let Some((new, layout)) = &plan.new {
+            let pack = manifest.packs.last().expect("a new pack is the manifest's last");
+            let name = format!("{OBJECTS}/{}", pack.name);
+            let spare = self.spare.take_if(|_| layout.length >= self.tuning.reuse_from);
+            let (temporary, file) = self.open_temporary(spare, made)?;
+            file.reserve(layout.length)?;
+            let regions = layout.order.iter().map(|&at| storages[new[at]]);
+            let digests = pack_writer::write(&file, &layout.header, regions, &mut self.buffers)?;
+            let mut written = vec![Digest([0; 32]); new.len()];
+            for (&at, digest) in layout.order.iter().zip(digests) {
+                written[at] = digest;
+                let index = new[at];
+                if plan.known[index].is_some_and(|known| known != digest) {
+                    let leaf = leaf_of(&manifest.tree, index);
+                    return Err(Error::invalid(format!(
+                        "`{leaf}` changed while it was being saved"
+                    )));
+                }
+            }
+            self.publish(&file, &temporary, &name, OBJECTS, made)?;
+            manifest.storages = plan.entries(storages, &written);
         }
-        self.publish(&format!("{CHECKPOINTS}/{name}"), CHECKPOINTS, made, |file| {
-            file.write_all(manifest_bytes)
-        })
+        let (bytes, digest) = manifest::encode(manifest)?;
+        let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
+        let (temporary, mut file) = self.open_temporary(None, made)?;
+        file.write_all(&bytes)?;
+        self.publish(
+            &file,
+            &temporary,
+            &format!("{CHECKPOINTS}/{name}"),
+            CHECKPOINTS,
+            made,
+        )?;
+        Ok(name)
     }
 
-    /// Writes a file and gives it its name, each step durable before the next.
+    /// Opens a file under a temporary name: the spare one if it can be written over, else a new one.
+    fn open_temporary(&mut self, spare: Option<String>, made: &mut Vec<String>) -> Result<(String, File)> {
+        if let Some(spare) = spare {
+            made.push(spare.clone());
+            match self.directory.reuse(&spare)? {
+                Some(file) => return Ok((spare, file)),
+                None => self.leftovers.extend(made.pop()), // Somebody reads it or has linked to it.
+            }
+        }
+        let temporary = temporary_name()?;
+        made.push(temporary.clone());
+        let file = self.directory.create_new(&temporary)?;
+        Ok((temporary, file))
+    }
+
+    /// Gives a written file its name, each step durable before the next.
     fn publish(
         &self,
+        file: &File,
+        temporary: &str,
         name: &str,
         dir: &str,
         made: &mut Vec<String>,
-        write: impl FnOnce(&mut File) -> Result<()>,
     ) -> Result<()> {
-        let temporary = temporary_name()?;
-        made.push(temporary.clone());
-        let mut file = self.directory.create_new(&temporary)?;
-        write(&mut file)?;
         file.sync()?; // Bytes before name: a name must never outlive its bytes.
-        let renamed = self.directory.rename_new(&temporary, name);
+        let renamed = self.directory.rename_new(temporary, name);
         if !matches!(&renamed, Err(error) if already_exists(error)) {
             made.push(name.to_owned()); // Also after an error: some file systems rename and then fail.
         }
@@ -162,32 +239,35 @@ impl Store {
 
     /// Decides which storages are on disk already and lays out the rest.
     fn plan(&mut self, commit: &Commit) -> Result<Plan> {
-        let digests = digest_all(&commit.storages);
+        let known = self.digest_doubtful(&commit.storages);
         let mut packs: Vec<PackEntry> = Vec::new();
         let mut pack_indices: HashMap<String, u32> = HashMap::new();
         let mut new: Vec<usize> = Vec::new();
         let mut first: HashMap<(Digest, u64), usize> = HashMap::new();
         let mut usable: HashMap<String, bool> = HashMap::new();
-        // For each storage its place, or the position in `new` of the storage that it equals.
-        let mut sources: Vec<std::result::Result<(u32, u64), usize>> = Vec::new();
+        let mut origins = Vec::with_capacity(commit.storages.len());
         for (index, bytes) in commit.storages.iter().enumerate() {
-            let key = (digests[index], bytes.len() as u64);
-            if let Some(place) = self.reusable(&key, &mut usable)? {
-                let pack = match pack_indices.entry(place.pack.name.clone()) {
-                    Slot::Occupied(slot) => *slot.get(),
-                    Slot::Vacant(slot) => {
-                        packs.push(place.pack.clone());
-                        *slot.insert(packs.len() as u32 - 1)
-                    }
-                };
-                sources.push(Ok((pack, place.offset)));
-                continue;
-            }
-            let position = *first.entry(key).or_insert_with(|| {
+            let mut add = || {
                 new.push(index);
                 new.len() - 1
-            });
-            sources.push(Err(position));
+            };
+            let Some(digest) = known[index] else {
+                origins.push(Origin::New(add()));
+                continue;
+            };
+            let key = (digest, bytes.len() as u64);
+            let Some(place) = self.reusable(&key, &mut usable)? else {
+                origins.push(Origin::New(*first.entry(key).or_insert_with(add)));
+                continue;
+            };
+            let pack = match pack_indices.entry(place.pack.name.clone()) {
+                Slot::Occupied(slot) => *slot.get(),
+                Slot::Vacant(slot) => {
+                    packs.push(place.pack.clone());
+                    *slot.insert(packs.len() as u32 - 1)
+                }
+            };
+            origins.push(Origin::There(pack, place.offset));
         }
         let mut layout = None;
         if !new.is_empty() {
@@ -197,28 +277,60 @@ impl Store {
                 length: planned.length,
                 header_digest: planned.header_digest,
             });
-            layout = Some(planned);
+            layout = Some((new, planned));
         }
-        let entry = |(index, source): (usize, &std::result::Result<(u32, u64), usize>)| {
-            let (pack, offset) = source.unwrap_or_else(|position| {
-                let layout = layout
-                    .as_ref()
-                    .expect("a storage that is not on disk goes into the new pack");
-                (packs.len() as u32 - 1, layout.offsets[position])
-            });
-            StorageEntry {
-                digest: digests[index],
-                length: commit.storages[index].len() as u64,
-                pack,
-                offset,
+        Ok(Plan {
+            origins,
+            known,
+            packs,
+            new: layout,
+        })
+    }
+
+    /// Digests the storages that may be on disk already, or equal to each other. The others are taken for new: they
+    /// changed from the last commit but one to the last, or nothing of their length is anywhere.
+    fn digest_doubtful(&self, storages: &[&[u8]]) -> Vec<Option<Digest>> {
+        let mut counts: HashMap<u64, usize> = HashMap::new();
+        for storage in storages {
+            *counts.entry(storage.len() as u64).or_default() += 1;
+        }
+        let lengths: HashSet<u64> = self.places.keys().map(|(_, length)| *length).collect();
+        let is_new = |index: usize| {
+            let length = storages[index].len() as u64;
+            let habit = self
+                .habits
+                .get(index)
+                .filter(|_| self.habits.len() == storages.len());
+            let as_before = habit.is_some_and(|habit| habit.changes && habit.length == length);
+            as_before || (counts[&length] == 1 && !lengths.contains(&length))
+        };
+        let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
+        let regions: Vec<&[u8]> = doubtful.iter().map(|&index| storages[index]).collect();
+        let mut known = vec![None; storages.len()];
+        for (index, digest) in doubtful.into_iter().zip(digest_all(&regions)) {
+            known[index] = Some(digest);
+        }
+        known
+    }
+
+    /// Takes note of which storages change from one commit to the next and are equal to no other.
+    fn remember(&mut self, storages: &[StorageEntry]) {
+        let mut counts: HashMap<&Digest, usize> = HashMap::new();
+        for storage in storages {
+            *counts.entry(&storage.digest).or_default() += 1;
+        }
+        let before = std::mem::take(&mut self.habits);
+        let habit = |(index, storage): (usize, &StorageEntry)| {
+            let there = self.places.contains_key(&(storage.digest, storage.length));
+            let old = before.get(index).filter(|_| before.len() == storages.len());
+            Habit {
+                length: storage.length,
+                changes: counts[&storage.digest] == 1
+                    && !there
+                    && old.is_some_and(|old| old.length == storage.length),
             }
         };
-        let storages = sources.iter().enumerate().map(entry).collect();
-        Ok(Plan {
-            storages,
-            packs,
-            new: layout.map(|layout| (new, layout)),
-        })
+        self.habits = storages.iter().enumerate().map(habit).collect();
     }
 
     /// Where equal bytes are that can be relied on. What this process never read is read first.
@@ -273,7 +385,7 @@ impl Store {
     }
 
     /// Removes what failed commits left; what cannot be removed now is tried again.
-    fn remove_leftovers(&mut self) {
+    pub(super) fn remove_leftovers(&mut self) {
         let directory = self.directory.clone();
         // In order: a manifest goes, for good, before its pack. Where it stays, so does everything behind it.
         let mut stuck = false;
@@ -291,21 +403,4 @@ impl Store {
             stuck
         });
     }
-}
-
-/// Writes regions one after the other: small ones together, large ones from where they are.
-fn write_joined<'a>(file: &mut File, regions: impl Iterator<Item = &'a [u8]>) -> Result<()> {
-    let mut buffer: Vec<u8> = Vec::new();
-    for region in regions {
-        if region.len() >= LARGE || buffer.len() + region.len() > BUFFER {
-            file.write_all(&buffer)?;
-            buffer.clear();
-        }
-        if region.len() >= LARGE {
-            file.write_all(region)?;
-        } else {
-            buffer.extend_from_slice(region);
-        }
-    }
-    file.write_all(&buffer)
 }

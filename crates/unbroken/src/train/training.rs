@@ -196,6 +196,7 @@ impl Options {
                 seed: self.seed,
                 settings: vec![("front".to_owned(), Value::from("rust"))],
                 strict: self.strict,
+                ..run::Options::default()
             },
         )?;
         let mut training = Training::new(self, run, proof);
