@@ -1,9 +1,11 @@
-"""The command-line program from Python: the Rust program, plus the one export that needs torch.
+"""The command-line program from Python: the Rust program, plus the two commands that know torch.
 
-Touches: the standard streams, and what a Ctrl-C does. Imports torch only for ``unbroken export RUN FILE.pt``.
+Touches: the standard streams, and what a Ctrl-C does. Imports torch only for ``unbroken export RUN FILE.pt`` and, where
+it is installed, for ``unbroken doctor``.
 """
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(arguments)
     if given[:1] == ["export"] and any(argument.endswith((".pt", ".pth")) for argument in given[1:]):
         return _export_pt(given[1:])
+    if given[:1] == ["doctor"] and not {"-h", "--help"}.intersection(given):
+        given[1:1] = ["--facts", json.dumps(_facts(), default=str)]
     return _core.main(given)
+
+
+def _facts() -> dict[str, object]:
+    """Return what this Python's torch, as it starts, makes the bits depend on; nothing of it where there is none."""
+    seed = {"env.PYTHONHASHSEED": "random"} if sys.flags.hash_randomization else {}
+    try:
+        from unbroken.torch import environment
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        return seed
+    return {**environment.settings(), **environment.versions(), **seed}
 
 
 def _export_pt(arguments: Sequence[str]) -> int:

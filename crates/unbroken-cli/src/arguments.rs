@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Repair(crate::repair::Repair),
     /// Delete checkpoints that no rule keeps
     Prune(Prune),
+    /// Try what a directory's file system does, and what the bits depend on
+    Doctor(crate::doctor::Doctor),
     /// Execute recorded steps again under today's environment and compare them
     Replay(crate::replay::Replay),
     /// Write a page about a run, or several over each other

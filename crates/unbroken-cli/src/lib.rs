@@ -7,6 +7,7 @@ mod answer;
 mod arguments;
 mod certify;
 mod diff;
+mod doctor;
 mod explain;
 mod export;
 mod fork;
@@ -70,6 +71,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
         Command::Fork(command) => fork::run(command, &mut streams),
+        Command::Doctor(command) => doctor::run(command, &mut streams),
         Command::Repair(command) => repair::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),
         Command::Prove(command) => prove::run(command, &mut streams),

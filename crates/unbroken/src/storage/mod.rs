@@ -7,6 +7,7 @@ pub mod disk;
 pub mod faulty;
 mod lock;
 pub mod memory;
+pub mod probe;
 
 use std::fmt;
 use std::io;
