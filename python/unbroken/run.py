@@ -25,7 +25,15 @@ from typing import Any, Literal
 
 from . import _core, notices
 from .batches import Batches, Stream
-from .errors import DivergedFromJournal, InvalidArgument, MismatchError, NotExact, NotTracked, UnbrokenError
+from .errors import (
+    DivergedFromJournal,
+    FormatError,
+    InvalidArgument,
+    MismatchError,
+    NotExact,
+    NotTracked,
+    UnbrokenError,
+)
 from .policy import Keep, Policy, as_policy, walltime_deadline
 from .proving import Instructions
 from .stop import StopRequest
@@ -400,6 +408,13 @@ class Run:
 
     def _read_place(self, checkpoint: _core.Checkpoint) -> None:
         tree = checkpoint.tree
+        if not isinstance(tree, dict) or "run" not in tree:
+            self._core.close()
+            raise FormatError(
+                f"`{self.path}` holds a checkpoint that no training wrote, such as an imported one",
+                hint="give what `unbroken.load` returns to your objects, and train in a run of its own",
+                path=self.path,
+            )
         self._place = _Place(**tree["run"])
         self._metrics = dict(checkpoint.info.metrics)
         self._saved_loaders = dict(tree["loaders"])

@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Write a checkpoint's tensors to a .safetensors file
     Export(Export),
+    /// Make a run of a .pt file, executing nothing of it
+    Import(crate::import::Import),
     /// Start a new run at a checkpoint, sharing its tensors
     Fork(crate::fork::Fork),
     /// Put aside what is damaged, and put whole copies in its place

@@ -1,7 +1,7 @@
 //! The `unbroken` program as a library: arguments, words and exit codes.
 //!
 //! Touches: the run directories that its arguments name, and the two streams it is given. Only `prune`, `fork`,
-//! `repair` and `export` write to disk.
+//! `repair`, `import` and `export` write to disk; `doctor` does for a moment.
 
 mod answer;
 mod arguments;
@@ -11,6 +11,7 @@ mod doctor;
 mod explain;
 mod export;
 mod fork;
+mod import;
 mod leaves;
 mod list;
 mod log;
@@ -71,6 +72,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Explain(command) => explain::run(command, &mut streams),
         Command::Export(command) => export::run(command, &mut streams),
         Command::Fork(command) => fork::run(command, &mut streams),
+        Command::Import(command) => import::run(command, &mut streams),
         Command::Doctor(command) => doctor::run(command, &mut streams),
         Command::Repair(command) => repair::run(command, &mut streams),
         Command::Prune(command) => prune::run(command, &mut streams),

@@ -13,7 +13,7 @@ use crate::run::{self, LOCK, Options, Run};
 use crate::state::Value;
 use crate::storage::Directory;
 use crate::storage::disk::Staging;
-use crate::store::{self, CHECKPOINTS, Checkpoint, OBJECTS};
+use crate::store::{self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS};
 
 /// Kind of the event that a fork's journal begins with.
 ///
@@ -107,15 +107,48 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
     Checkpoint::open_in(new.directory(), &forked.checkpoint)?.verify()?;
     new.directory().sync_dir(JOURNAL)?;
     new.directory().sync_dir("")?;
-    staging
-        .publish()
-        .map_err(|error| Error::io("rename into place", place, error))?;
+    publish_place(staging, place)?;
     new.close()?;
     Ok(forked)
 }
 
+/// Makes a new run at `place` that begins with one event and one checkpoint.
+///
+/// # Durability
+///
+/// On return the new run survives a power cut.
+///
+/// # Errors
+///
+/// `place` is then as it was.
+pub fn plant(
+    place: &Path,
+    options: &Options,
+    event: (&str, Vec<(String, Value)>),
+    commit: Commit,
+) -> Result<CheckpointInfo> {
+    let staging = stage(place)?;
+    let new = Run::open(staging.path(), options)?;
+    new.begin()?;
+    new.event(event.0, commit.step, event.1)?;
+    let info = new.commit(commit)?;
+    new.checkpoint(&info.name)?.verify()?;
+    publish_place(staging, place)?;
+    new.close()?;
+    Ok(CheckpointInfo {
+        path: place.join(CHECKPOINTS).join(&info.name),
+        ..info
+    })
+}
+
+fn publish_place(staging: Staging, place: &Path) -> Result<()> {
+    staging
+        .publish()
+        .map_err(|error| Error::io("rename into place", place, error))
+}
+
 /// Makes a directory beside `place` that takes its place when it is whole.
-pub(crate) fn stage(place: &Path) -> Result<Staging> {
+fn stage(place: &Path) -> Result<Staging> {
     match Staging::begin(place, &store::random_name()?, LOCK) {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(Error::invalid(format!(
             "`{}` is there already, and not empty",
