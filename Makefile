@@ -47,7 +47,7 @@ test: test-rust test-python test-burn
 
 # The extension module has no tests of its own in Rust: they would have to link against libpython.
 test-rust: $(bin)/python
-	cargo test --package unbroken --package unbroken-cli
+	cargo test --package unbroken --package unbroken-cli --package unbroken-import
 
 # What these two depend on is built once, into the same target directory, at a profile of their own.
 test-burn:

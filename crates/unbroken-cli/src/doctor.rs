@@ -18,12 +18,12 @@ use crate::words::{line, size, table, value};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit code 0: the directory keeps what it is given, and has room. 1: it does not. Advice changes no exit code.
-`python -m unbroken doctor DIR` looks at that Python's torch, too; a run's own settings are in its checkpoints.")]
+Exit code 0: the directory keeps what it is given, and has room. 1: it does not.
+`python -m unbroken doctor DIR` looks at that Python's torch, too.")]
 pub(crate) struct Doctor {
     /// A run directory, or where one is to be
     pub(crate) dir: PathBuf,
-    /// Room that is needed, such as 40G; without it, three times the newest checkpoint's size
+    /// Room that is needed, such as 40G; by default three times the newest checkpoint
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) need: Option<u64>,
     /// What a front knows of its own environment, a JSON object

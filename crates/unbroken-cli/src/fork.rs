@@ -17,7 +17,7 @@ use crate::words::{count, size};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The fork has the source's seed and settings, an id of its own, and the source's journal up to the checkpoint.
+The fork has the source's seed and settings, an id of its own, and the source's journal up to there.
 The same command that trains RUN goes on in NEW from there, when it is given NEW.")]
 pub(crate) struct Fork {
     /// RUN, RUN@STEP, or a file in RUN/checkpoints

@@ -14,8 +14,8 @@ use crate::words::{count, size};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Read are tensors, numbers, texts, numpy arrays and plain containers. A file that names anything else is refused by
-that name. The new run is for `show`, `export` and `unbroken.load`; training starts in a run of its own.")]
+Read are tensors, numbers, texts, numpy arrays and plain containers; a file that names anything else
+is refused by that name. The new run is for `show`, `export` and `unbroken.load`, not for training.")]
 pub(crate) struct Import {
     /// File that torch.save wrote: .pt, .pth, .ckpt, .bin
     pub(crate) file: PathBuf,

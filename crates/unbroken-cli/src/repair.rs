@@ -13,12 +13,13 @@ use crate::words::{count, line};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Nothing that was committed is changed or deleted: what is damaged or cannot be read moves to RUN/quarantine.
-Where no checkpoint is whole, nothing moves. Exit code 0: the run is whole now (with --dry-run: as it is). 1: it is not.")]
+Nothing that was committed is changed or deleted: what is damaged moves to RUN/quarantine.
+Where no checkpoint is whole, nothing moves.
+Exit code 0: the run is whole now (with --dry-run: as it is). 1: it is not.")]
 pub(crate) struct Repair {
     /// Run directory
     pub(crate) run: PathBuf,
-    /// A run directory that may hold whole files of it: a backup, a fork; may be given again
+    /// A backup or a fork that may hold whole files of it; may be given again
     #[arg(long = "from", value_name = "COPY")]
     pub(crate) copies: Vec<PathBuf>,
     /// Show what would be done and change nothing
