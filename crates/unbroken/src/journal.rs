@@ -9,7 +9,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::journal::{self, Component, Ending, Record, SegmentHeader, SegmentReader};
 use crate::state::Value;
-use crate::storage::{Directory, File, Syncer};
+use crate::storage::{Directory, File, Source, Syncer};
 use crate::store::temporary_name;
 
 /// Directory of the segments.
@@ -22,8 +22,8 @@ pub(crate) const JOURNAL: &str = "journal";
 /// first one's error and be called identical.
 pub const DIVERGED: &str = "diverged";
 
-/// The largest segment that is read, in bytes.
-const MAX_SEGMENT: u64 = 8 << 30;
+/// The largest segment that is read, in bytes: a million steps of one life, and what a stranger's may cost in memory.
+const MAX_SEGMENT: u64 = 2 << 30;
 
 /// What one boundary was made of, and which lives executed the step before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,6 +171,32 @@ fn parse_segment_name(name: &str) -> Option<(u32, u32)> {
     (segment_name(life, part) == format!("{JOURNAL}/{name}")).then_some((life, part))
 }
 
+/// Reads one segment's file. One that is nothing but zeros, the trace of a power cut or a file of holes, is as an empty one.
+fn read_segment(directory: &Directory, name: &str) -> Result<Vec<u8>> {
+    let source = directory.open(name)?;
+    let length = source.len()?;
+    if length <= MAX_SEGMENT && only_zeros(&source, length)? {
+        return Ok(Vec::new());
+    }
+    source.read_all(MAX_SEGMENT)
+}
+
+/// Whether a file holds nothing but zeros, in little memory; the first bytes of one that was written tell.
+fn only_zeros(source: &Source, length: u64) -> Result<bool> {
+    let zeros = vec![0; length.min(1 << 20) as usize];
+    let mut piece = zeros.clone();
+    let mut done = 0;
+    while done < length {
+        let count = (length - done).min(piece.len() as u64) as usize;
+        source.read_exact_at(done, &mut piece[..count])?;
+        if piece[..count] != zeros[..count] {
+            return Ok(false);
+        }
+        done += count as u64;
+    }
+    Ok(true)
+}
+
 /// Reads all segments of a run and joins them.
 ///
 /// Boundaries up to and including `after` are checked and counted, and not returned.
@@ -197,7 +223,7 @@ pub fn read(directory: &Directory, run_id: &str, after: Option<(u64, u8)>) -> Re
     for (life, part) in segments {
         journal.last_life = life;
         let name = segment_name(life, part);
-        let outcome = directory.read_all(&name, MAX_SEGMENT).and_then(|bytes| {
+        let outcome = read_segment(directory, &name).and_then(|bytes| {
             let reader = SegmentReader::new(&bytes).map_err(|flaw| flaw.at(directory.path(&name)))?;
             journal.join(&name, run_id, life, reader, after, &mut joined);
             Ok(())
@@ -359,7 +385,7 @@ pub(crate) fn segments(directory: &Directory) -> Result<(Vec<Segment>, Vec<Strin
     }
     for (life, part) in newest {
         let name = segment_name(life, part);
-        let bytes = directory.read_all(&name, MAX_SEGMENT)?;
+        let bytes = read_segment(directory, &name)?;
         let mut reader = match SegmentReader::new(&bytes) {
             Ok(reader) => reader,
             Err(flaw) => {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
-use crate::format::pack;
+use crate::format::{Flaw, pack};
 use crate::state::{Tensor, Value};
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
@@ -211,8 +211,15 @@ impl Checkpoint {
     /// Reads and verifies a manifest; its packs are looked at by [`Checkpoint::check_packs`].
     pub(crate) fn load(directory: &Directory, name: &str) -> Result<Checkpoint> {
         let file = format!("{CHECKPOINTS}/{name}");
-        let bytes = directory.read_all(&file, MAX_MANIFEST)?;
-        let (manifest, digest) = manifest::decode(&bytes).map_err(|flaw| flaw.at(directory.path(&file)))?;
+        let flawed = |flaw: Flaw| flaw.at(directory.path(&file));
+        // Its first bytes first: a stranger's file with holes costs no memory.
+        let source = directory.open(&file)?;
+        let length = source.len()?;
+        let mut head = vec![0; length.min(manifest::HEAD as u64) as usize];
+        source.read_exact_at(0, &mut head)?;
+        manifest::check_head(&head, length).map_err(flawed)?;
+        let bytes = source.read_all(MAX_MANIFEST)?;
+        let (manifest, digest) = manifest::decode(&bytes).map_err(flawed)?;
         let expected = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
         if name != expected {
             let (path, part) = (directory.path(&file), "name".to_owned());

@@ -17,6 +17,8 @@ const HASH: usize = 32;
 
 /// The largest payload of one record, in bytes.
 pub const MAX_RECORD: usize = 16 << 20;
+/// How much memory one decoded record may take, in bytes, counted as for any value.
+pub const MAX_MEMORY: usize = 256 << 20;
 /// The largest payload of a segment's header, in bytes.
 pub const MAX_HEADER: usize = 4096;
 /// The longest digest that a component may hold, in bytes.
@@ -156,7 +158,7 @@ pub fn encode_header(header: &SegmentHeader) -> Result<(Vec<u8>, Digest), Flaw> 
 /// [`Flaw::Limit`] or [`Flaw::Malformed`] where a field is too long or not what it should be.
 pub fn encode_record(previous: &Digest, record: &Record) -> Result<(Vec<u8>, Digest), Flaw> {
     check_record(record)?;
-    let payload = value::encode_nested(&lower(record)?, value::MAX_DEPTH + 2)?;
+    let payload = value::encode_nested(&lower(record)?, value::MAX_DEPTH + 2, MAX_MEMORY)?;
     if payload.len() > MAX_RECORD {
         let length = payload.len();
         return Err(Flaw::limit(format!(
@@ -333,7 +335,7 @@ impl Iterator for SegmentReader<'_> {
             self.ending = Some(self.classify());
             return None;
         };
-        let decoded = value::decode_nested(payload, value::MAX_DEPTH + 2).and_then(raise);
+        let decoded = value::decode_nested(payload, value::MAX_DEPTH + 2, MAX_MEMORY).and_then(raise);
         let record = match decoded {
             Ok(record) => record,
             Err(flaw) => {

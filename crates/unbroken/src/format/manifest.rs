@@ -110,7 +110,7 @@ pub struct CheckpointName {
 /// Whatever [`decode`] would refuse.
 pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
     check(manifest)?;
-    let payload = value::encode_nested(&lower(manifest)?, value::MAX_DEPTH + 1)?;
+    let payload = value::encode_nested(&lower(manifest)?, value::MAX_DEPTH + 1, value::MAX_MEMORY)?;
     let mut bytes = Vec::with_capacity(PAYLOAD + payload.len() + DIGEST);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
@@ -129,23 +129,26 @@ pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
 /// [`Flaw::Malformed`] where a whole manifest breaks a rule: an index or a view out of bounds, a name that is a path.
 pub fn decode(bytes: &[u8]) -> Result<(Manifest, Digest), Flaw> {
     let (payload, digest) = open(bytes)?;
-    let manifest = raise(value::decode_nested(payload, value::MAX_DEPTH + 1)?)?;
+    let manifest = raise(value::decode_nested(
+        payload,
+        value::MAX_DEPTH + 1,
+        value::MAX_MEMORY,
+    )?)?;
     check(&manifest)?;
     Ok((manifest, digest))
 }
 
-/// Checks everything around the payload.
-fn open(bytes: &[u8]) -> Result<(&[u8], Digest), Flaw> {
-    let start = &bytes[..bytes.len().min(MAGIC.len())];
+/// Bytes that a manifest begins with.
+pub(crate) const HEAD: usize = PAYLOAD;
+
+/// Whether a file of `length` bytes that begins like this can be a manifest. Spares reading one that cannot.
+pub(crate) fn check_head(head: &[u8], length: u64) -> Result<(), Flaw> {
+    let start = &head[..head.len().min(MAGIC.len())];
     if !MAGIC.starts_with(start) {
         return Err(Flaw::NotOurs { what: "a manifest" });
     }
-    let Some((head, _)) = bytes.split_at_checked(PAYLOAD) else {
-        return Err(Flaw::ends_early(
-            "manifest",
-            (PAYLOAD + DIGEST) as u64,
-            bytes.len() as u64,
-        ));
+    let Some((head, _)) = head.split_at_checked(PAYLOAD) else {
+        return Err(Flaw::ends_early("manifest", (PAYLOAD + DIGEST) as u64, length));
     };
     let version = u32::from_le_bytes(head[8..12].try_into().expect("four bytes"));
     if version != FORMAT_VERSION {
@@ -154,11 +157,17 @@ fn open(bytes: &[u8]) -> Result<(&[u8], Digest), Flaw> {
             found: version,
         });
     }
-    let length = u64::from_le_bytes(head[12..20].try_into().expect("eight bytes"));
-    let expected = length.saturating_add((PAYLOAD + DIGEST) as u64);
-    if expected != bytes.len() as u64 {
-        return Err(Flaw::ends_early("manifest", expected, bytes.len() as u64));
+    let payload = u64::from_le_bytes(head[12..20].try_into().expect("eight bytes"));
+    let expected = payload.saturating_add((PAYLOAD + DIGEST) as u64);
+    if expected != length {
+        return Err(Flaw::ends_early("manifest", expected, length));
     }
+    Ok(())
+}
+
+/// Checks everything around the payload.
+fn open(bytes: &[u8]) -> Result<(&[u8], Digest), Flaw> {
+    check_head(bytes, bytes.len() as u64)?;
     let (body, digest) = bytes.split_at(bytes.len() - DIGEST);
     let (expected, found) = (Digest(digest.try_into().expect("32 bytes")), Digest::of(body));
     if expected != found {

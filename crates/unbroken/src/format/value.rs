@@ -16,6 +16,12 @@ pub const MAX_DEPTH: usize = 128;
 pub const MAX_VALUES: usize = 1 << 24;
 /// How long one encoding may be, in bytes.
 pub const MAX_ENCODED: usize = 1 << 30;
+/// How much memory one decoded value may take, in bytes, counted as [`VALUE_BYTES`] and [`DIMENSION_BYTES`] say.
+pub const MAX_MEMORY: usize = 1 << 30;
+/// What each value counts for in [`MAX_MEMORY`]; each byte of a text, a name or a byte string counts for one more.
+pub const VALUE_BYTES: usize = 192;
+/// What each dimension of a tensor counts for in [`MAX_MEMORY`].
+pub const DIMENSION_BYTES: usize = 16;
 /// How many dimensions a tensor may have.
 pub const MAX_DIMENSIONS: usize = 64;
 /// How long a dtype, a device or an object's kind may be, in bytes.
@@ -43,7 +49,7 @@ const TAG_BIG_NEGATIVE: u64 = 3;
 /// [`Flaw::Limit`] where it is nested too deep, too large or a name is too long; [`Flaw::Malformed`] where it breaks a
 /// rule of its type: a big integer that is not canonical, a key twice.
 pub fn encode(value: &Value) -> Result<Vec<u8>, Flaw> {
-    encode_nested(value, MAX_DEPTH)
+    encode_nested(value, MAX_DEPTH, MAX_MEMORY)
 }
 
 /// Returns the value of canonical bytes.
@@ -52,7 +58,7 @@ pub fn encode(value: &Value) -> Result<Vec<u8>, Flaw> {
 ///
 /// [`Flaw::Malformed`] where the bytes are not exactly what [`encode`] writes for any value; [`Flaw::Limit`].
 pub fn decode(bytes: &[u8]) -> Result<Value, Flaw> {
-    decode_nested(bytes, MAX_DEPTH)
+    decode_nested(bytes, MAX_DEPTH, MAX_MEMORY)
 }
 
 /// Returns the digest of a value's canonical bytes.
@@ -64,27 +70,65 @@ pub fn digest_value(value: &Value) -> Result<Digest, Flaw> {
     encode(value).map(|bytes| Digest::of(&bytes))
 }
 
-/// [`encode`] with room for the layers that a manifest or a record puts around user values.
-pub(super) fn encode_nested(value: &Value, depth: usize) -> Result<Vec<u8>, Flaw> {
+/// [`encode`] with room for the layers that a manifest or a record puts around user values, and another budget.
+pub(super) fn encode_nested(value: &Value, depth: usize, memory: usize) -> Result<Vec<u8>, Flaw> {
     let mut writer = Writer {
         out: Encoder::new(Vec::new()),
-        values: 0,
+        budget: Budget::of(memory)?,
     };
     writer.value(value, depth)?;
     Ok(writer.out.into_writer())
 }
 
-/// [`decode`] with room for the layers that a manifest or a record puts around user values.
-pub(super) fn decode_nested(bytes: &[u8], depth: usize) -> Result<Value, Flaw> {
+/// [`decode`] with room for the layers that a manifest or a record puts around user values, and another budget.
+pub(super) fn decode_nested(bytes: &[u8], depth: usize, memory: usize) -> Result<Value, Flaw> {
     check_length(bytes.len())?;
     let mut reader = Reader {
         input: Decoder::new(bytes),
-        values: 0,
+        budget: Budget::of(memory)?,
     };
     let value = reader.value(depth)?;
     match reader.remaining() {
         0 => Ok(value),
         left => Err(reader.malformed(format!("{left} bytes follow the value"))),
+    }
+}
+
+/// What one encoding has used of what it may hold. Charged before anything is allocated for it.
+#[derive(Clone, Copy)]
+struct Budget {
+    values: usize,
+    memory: usize,
+    most: usize,
+}
+
+impl Budget {
+    /// A budget from which the outermost value is taken.
+    fn of(most: usize) -> Result<Budget, Flaw> {
+        let mut budget = Budget {
+            values: 0,
+            memory: 0,
+            most,
+        };
+        budget.values(1)?;
+        Ok(budget)
+    }
+
+    fn values(&mut self, count: usize) -> Result<(), Flaw> {
+        self.values = self.values.saturating_add(count);
+        check_values(self.values)?;
+        self.bytes(count.saturating_mul(VALUE_BYTES))
+    }
+
+    fn bytes(&mut self, count: usize) -> Result<(), Flaw> {
+        self.memory = self.memory.saturating_add(count);
+        if self.memory > self.most {
+            return Err(Flaw::limit(format!(
+                "values that take more than {} bytes of memory; keep long sequences as tensors or bytes",
+                self.most
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -149,7 +193,7 @@ fn repeated(mut parts: Vec<&[u8]>) -> Option<&[u8]> {
 
 struct Writer {
     out: Encoder<Vec<u8>>,
-    values: usize,
+    budget: Budget,
 }
 
 /// Writing to memory cannot fail.
@@ -164,8 +208,10 @@ impl Writer {
         self.out.writer()
     }
 
-    fn text(&mut self, text: &str) {
+    fn text(&mut self, text: &str) -> Result<(), Flaw> {
+        self.budget.bytes(text.len())?;
         written(self.out.str(text));
+        Ok(())
     }
 
     fn tag(&mut self, tag: u64) {
@@ -186,8 +232,6 @@ impl Writer {
     /// Writes one value that may be nested `depth` deep.
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Flaw> {
         let inner = depth.checked_sub(1).ok_or_else(too_deep)?;
-        self.values += 1;
-        check_values(self.values)?;
         check_length(self.bytes().len())?;
         match value {
             Value::None => written(self.out.null()),
@@ -201,8 +245,11 @@ impl Writer {
                 self.float(*real);
                 self.float(*imaginary);
             }
-            Value::Str(text) => self.text(text),
-            Value::Bytes(bytes) => written(self.out.bytes(bytes)),
+            Value::Str(text) => self.text(text)?,
+            Value::Bytes(bytes) => {
+                self.budget.bytes(bytes.len())?;
+                written(self.out.bytes(bytes));
+            }
             Value::List(items) => self.items(items, inner)?,
             Value::Tuple(items) => {
                 self.tag(TAG_TUPLE);
@@ -222,8 +269,8 @@ impl Writer {
                 check_name("a type's name", name, MAX_NAME)?;
                 self.tag(TAG_OBJECT);
                 self.array(3);
-                self.text(kind);
-                self.text(name);
+                self.text(kind)?;
+                self.text(name)?;
                 self.fields(
                     fields
                         .iter()
@@ -239,6 +286,7 @@ impl Writer {
 
     fn big(&mut self, negative: bool, magnitude: &[u8]) -> Result<(), Flaw> {
         check_big(negative, magnitude)?;
+        self.budget.bytes(magnitude.len())?;
         if negative {
             // CBOR counts negative numbers from -1 down: it stores -1 - n.
             let below = minus_one(magnitude);
@@ -252,11 +300,13 @@ impl Writer {
     }
 
     fn items(&mut self, items: &[Value], depth: usize) -> Result<(), Flaw> {
+        self.budget.values(items.len())?;
         self.array(items.len());
         items.iter().try_for_each(|item| self.value(item, depth))
     }
 
     fn dict(&mut self, items: &[(Value, Value)], depth: usize) -> Result<(), Flaw> {
+        self.budget.values(items.len().saturating_mul(2))?;
         written(self.out.map(items.len() as u64));
         let mut keys = Vec::with_capacity(items.len());
         for (key, value) in items {
@@ -275,14 +325,15 @@ impl Writer {
     }
 
     fn set(&mut self, items: &[Value], depth: usize) -> Result<(), Flaw> {
+        self.budget.values(items.len())?;
         let mut encoded = Vec::with_capacity(items.len());
         for item in items {
             let mut writer = Writer {
                 out: Encoder::new(Vec::new()),
-                values: self.values,
+                budget: self.budget,
             };
             writer.value(item, depth)?;
-            self.values = writer.values;
+            self.budget = writer.budget;
             encoded.push(writer.out.into_writer());
         }
         encoded.sort_unstable();
@@ -304,10 +355,11 @@ impl Writer {
             let name = String::from_utf8_lossy(name).into_owned();
             return Err(Flaw::malformed(format!("a field named {name:?} twice")));
         }
+        self.budget.values(fields.len())?;
         written(self.out.map(fields.len() as u64));
         for (name, value) in fields {
             check_name("a field's name", name, MAX_NAME)?;
-            self.text(name);
+            self.text(name)?;
             self.value(value, depth)?;
         }
         Ok(())
@@ -325,7 +377,8 @@ impl Writer {
         }
         self.tag(TAG_TENSOR);
         self.array(7);
-        self.text(&tensor.dtype);
+        self.text(&tensor.dtype)?;
+        self.budget.bytes(tensor.shape.len() * DIMENSION_BYTES)?;
         self.array(tensor.shape.len());
         tensor.shape.iter().for_each(|size| written(self.out.u64(*size)));
         self.array(tensor.strides.len());
@@ -335,7 +388,7 @@ impl Writer {
             .for_each(|stride| written(self.out.i64(*stride)));
         written(self.out.u64(tensor.offset));
         written(self.out.u32(tensor.storage));
-        self.text(&tensor.device);
+        self.text(&tensor.device)?;
         let mut attrs: Vec<_> = tensor
             .attrs
             .iter()
@@ -385,7 +438,7 @@ fn shown(encoded: &[u8]) -> String {
 
 struct Reader<'a> {
     input: Decoder<'a>,
-    values: usize,
+    budget: Budget,
 }
 
 impl<'a> Reader<'a> {
@@ -432,19 +485,23 @@ impl<'a> Reader<'a> {
     }
 
     fn text(&mut self) -> Result<&'a str, Flaw> {
-        self.head(
+        let text = self.head(
             "text",
             |input| input.str(),
             |text| head_size(text.len() as u64) + text.len(),
-        )
+        )?;
+        self.budget.bytes(text.len())?;
+        Ok(text)
     }
 
     fn bytes(&mut self) -> Result<&'a [u8], Flaw> {
-        self.head(
+        let bytes = self.head(
             "a byte string",
             |input| input.bytes(),
             |bytes| head_size(bytes.len() as u64) + bytes.len(),
-        )
+        )?;
+        self.budget.bytes(bytes.len())?;
+        Ok(bytes)
     }
 
     fn tag(&mut self) -> Result<u64, Flaw> {
@@ -497,8 +554,6 @@ impl<'a> Reader<'a> {
     /// Reads one value that may be nested `depth` deep.
     fn value(&mut self, depth: usize) -> Result<Value, Flaw> {
         let inner = depth.checked_sub(1).ok_or_else(too_deep)?;
-        self.values += 1;
-        check_values(self.values)?;
         let Some(first) = self.input.input().get(self.input.position()).copied() else {
             return Err(self.malformed("the bytes end inside a value"));
         };
@@ -555,8 +610,8 @@ impl<'a> Reader<'a> {
 
     fn items(&mut self, depth: usize) -> Result<Vec<Value>, Flaw> {
         let count = self.count(false, 1)?;
-        // Grown as parts arrive: a promised count pays for nothing.
-        let mut items = Vec::with_capacity(count.min(32));
+        self.budget.values(count)?;
+        let mut items = Vec::with_capacity(count);
         for _ in 0..count {
             items.push(self.value(depth)?);
         }
@@ -565,8 +620,9 @@ impl<'a> Reader<'a> {
 
     fn dict(&mut self, depth: usize) -> Result<Vec<(Value, Value)>, Flaw> {
         let count = self.count(true, 2)?;
-        let mut items = Vec::with_capacity(count.min(16));
-        let mut keys = Vec::with_capacity(count.min(16));
+        self.budget.values(count.saturating_mul(2))?;
+        let mut items = Vec::with_capacity(count);
+        let mut keys = Vec::with_capacity(count);
         for _ in 0..count {
             let start = self.input.position();
             let key = self.value(depth)?;
@@ -581,7 +637,8 @@ impl<'a> Reader<'a> {
 
     fn set(&mut self, depth: usize) -> Result<Vec<Value>, Flaw> {
         let count = self.count(false, 1)?;
-        let mut items = Vec::with_capacity(count.min(32));
+        self.budget.values(count)?;
+        let mut items = Vec::with_capacity(count);
         let mut last: Option<&[u8]> = None;
         for _ in 0..count {
             let start = self.input.position();
@@ -597,7 +654,8 @@ impl<'a> Reader<'a> {
 
     fn fields(&mut self, sorted: bool, depth: usize) -> Result<Vec<(String, Value)>, Flaw> {
         let count = self.count(true, 2)?;
-        let mut fields: Vec<(String, Value)> = Vec::with_capacity(count.min(16));
+        self.budget.values(count)?;
+        let mut fields: Vec<(String, Value)> = Vec::with_capacity(count);
         for _ in 0..count {
             let name = self.text()?;
             check_name("a field's name", name, MAX_NAME)?;
@@ -632,6 +690,7 @@ impl<'a> Reader<'a> {
         check_name("a dtype", dtype, MAX_WORD)?;
         let dimensions = self.count(false, 1)?;
         check_dimensions(dimensions)?;
+        self.budget.bytes(dimensions * DIMENSION_BYTES)?;
         let shape = (0..dimensions)
             .map(|_| self.unsigned())
             .collect::<Result<_, _>>()?;

@@ -314,20 +314,19 @@ impl Directory {
     ///
     /// `Io` with `FileTooLarge` if it is longer; nothing is allocated for it then.
     pub fn read_all(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
-        let source = self.open(name)?;
-        let length = source.len()?;
-        if length > limit {
-            let text = format!("{length} bytes, of at most {limit} bytes");
-            return self.told(
-                "read",
-                name,
-                Err(io::Error::new(io::ErrorKind::FileTooLarge, text)),
-            );
-        }
-        let mut bytes = vec![0; usize::try_from(length).expect("a limit fits in memory")];
-        source.read_exact_at(0, &mut bytes)?;
-        Ok(bytes)
+        self.open(name)?.read_all(limit)
     }
+}
+
+/// Memory for what a file says it has; a file with holes may say more than there is.
+pub(crate) fn zeros(length: u64) -> io::Result<Vec<u8>> {
+    let length = usize::try_from(length).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    // Asked for first, because a vector of zeros that the system refuses ends the process.
+    let refused = Vec::<u8>::new().try_reserve_exact(length).is_err();
+    if refused {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    Ok(vec![0; length])
 }
 
 /// Whether an error says that a file or directory is not there.
@@ -452,6 +451,24 @@ impl Source {
     pub fn len(&self) -> Result<u64> {
         self.directory
             .told("measure", &self.name, uninterrupted(|| self.input.len()))
+    }
+
+    /// Reads all of it, at most `limit` bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Io` with `FileTooLarge` if it is longer; nothing is allocated for it then.
+    pub fn read_all(&self, limit: u64) -> Result<Vec<u8>> {
+        let length = self.len()?;
+        let allocated = if length > limit {
+            let text = format!("{length} bytes, of at most {limit} bytes");
+            Err(io::Error::new(io::ErrorKind::FileTooLarge, text))
+        } else {
+            zeros(length)
+        };
+        let mut bytes = self.directory.told("read", &self.name, allocated)?;
+        self.read_exact_at(0, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Fills `into` from `offset` on.

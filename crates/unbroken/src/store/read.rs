@@ -11,7 +11,7 @@ use crate::digest::{Assembly, Digest, GROUP};
 use crate::error::{Error, Result};
 use crate::format::manifest::{PackEntry, StorageEntry};
 use crate::format::pack;
-use crate::storage::{Directory, Source};
+use crate::storage::{Directory, Source, zeros};
 
 /// Bytes read and hashed at a time: small enough to be in the cache when they are hashed.
 const PIECE: usize = 8 * GROUP;
@@ -45,10 +45,8 @@ impl Checkpoint {
     /// `Damaged` names file and leaf.
     pub fn read(&self, storage: usize) -> Result<Vec<u8>> {
         let entry = self.entry(storage)?;
-        // The pack is as long as the manifest says and the storage lies in it: the length is backed by bytes on disk.
-        open_pack(&self.directory, &self.manifest.packs[entry.pack as usize])?;
-        let mut bytes =
-            vec![0; usize::try_from(entry.length).expect("a storage that is on disk fits in memory")];
+        let pack = open_pack(&self.directory, &self.manifest.packs[entry.pack as usize])?;
+        let mut bytes = zeros(entry.length).map_err(|error| Error::io("read", pack.path(), error))?;
         self.fill_all(vec![(storage, Target::Memory(&mut bytes))])?;
         Ok(bytes)
     }

@@ -1,0 +1,7 @@
+//! Canonical values. What holds is said in crates/unbroken/tests/strangers.
+#![no_main]
+
+#[path = "../../crates/unbroken/tests/strangers/mod.rs"]
+mod strangers;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| strangers::values(bytes));
