@@ -418,7 +418,7 @@ fn a_power_cut_after_a_save_that_failed_leaves_the_newest_acknowledged_checkpoin
     // One operation of step 2's commit fails; the commit is made again. In short explorations a sample of the places.
     let mut found = Found::default();
     for fault in [Fault::Device, Fault::NoSpace] {
-        for at in (1..).step_by(if long() { 1 } else { 6 }) {
+        for at in (1..).step_by(if long() { 1 } else { 12 }) {
             let (told, struck) = two_saves(Forgets::Nothing, Some((at, fault)));
             if !struck {
                 break;

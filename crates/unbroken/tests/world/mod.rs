@@ -6,16 +6,24 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use unbroken::digest::GROUP;
 use unbroken::error::Result;
 use unbroken::format::journal::Component;
 use unbroken::run::{Options, Run};
 use unbroken::state::{Tensor, Value};
 use unbroken::storage::Storage;
 use unbroken::storage::memory::MemoryStorage;
-use unbroken::store::{Checkpoint, CheckpointInfo, Commit};
+use unbroken::store::{Checkpoint, CheckpointInfo, Commit, Tuning};
 
 /// Bytes of the leaf that never changes.
 pub const FROZEN: usize = 300;
+
+/// An engine that takes little memory; a deleted pack of any size is written over.
+pub const SMALL: Tuning = Tuning {
+    piece: GROUP,
+    workers: 1,
+    reuse_from: 0,
+};
 
 /// A tensor of float32 over one whole storage.
 pub fn leaf(storage: u32, count: u64) -> Value {
@@ -71,6 +79,7 @@ pub fn open(storage: &Arc<dyn Storage>) -> Result<Run> {
         Arc::clone(storage),
         &Options {
             seed: Some(7),
+            tuning: SMALL,
             ..Options::default()
         },
     )
