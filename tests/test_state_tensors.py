@@ -20,7 +20,7 @@ from torch import nn
 
 from unbroken import _core
 from unbroken.errors import FormatError, UnsupportedState
-from unbroken.torch import export, snapshot, tensors
+from unbroken.torch import export, memory, snapshot, tensors
 
 DTYPES = sorted(
     {
@@ -376,31 +376,31 @@ def test_regions_follow_tensors_that_are_replaced_added_or_moved() -> None:
     objects = {"model": model, "optimizer": optimizer}
 
     def components() -> dict[str, Any]:
-        return {name: list(part) for name, part in snapshot.regions(objects).items()}
+        return {name: list(part) for name, part in memory.regions(objects).items()}
 
     def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return [name for name in one if one[name] != other[name]]
 
     first = components()
-    assert list(first) == ["optimizer/optimizer", "parameters/model", "buffers/model"]
-    assert first["optimizer/optimizer"] == []
-    assert (model[0].weight.data_ptr(), 64) in first["parameters/model"]
+    assert list(first) == ["state/optimizer/optimizer", "state/parameters/model", "state/buffers/model"]
+    assert first["state/optimizer/optimizer"] == []
+    assert (model[0].weight.data_ptr(), 64) in first["state/parameters/model"]
     assert components() == first
     model(torch.randn(3, 4)).sum().backward()
     optimizer.step()
     second = components()
-    assert differing(first, second) == ["optimizer/optimizer"]
-    assert len(second["optimizer/optimizer"]) == 3 * 4
+    assert differing(first, second) == ["state/optimizer/optimizer"]
+    assert len(second["state/optimizer/optimizer"]) == 3 * 4
     keep = model[0].weight.data
     model[0].weight.data = keep.clone()
     third = components()
-    assert differing(second, third) == ["parameters/model"]
+    assert differing(second, third) == ["state/parameters/model"]
     old = model[1].running_mean
     model[1].running_mean = torch.zeros(4)
     fourth = components()
-    assert differing(third, fourth) == ["buffers/model"]
+    assert differing(third, fourth) == ["state/buffers/model"]
     model.append(nn.Linear(2, 2))
-    assert differing(fourth, components()) == ["parameters/model"]
+    assert differing(fourth, components()) == ["state/parameters/model"]
     del old
 
 
@@ -413,13 +413,13 @@ class Caching(nn.Module):
 
 def test_regions_see_tensors_in_plain_attributes_of_the_users_modules() -> None:
     model = Caching()
-    assert snapshot.regions({"model": model})["buffers/model"] == []
+    assert memory.regions({"model": model})["state/buffers/model"] == []
     model.mean = torch.zeros(3)
     model.cache.append(torch.zeros(5))
-    found = snapshot.regions({"model": model})["buffers/model"]
+    found = memory.regions({"model": model})["state/buffers/model"]
     assert sorted(length for _, length in found) == [12, 20]
     model.cache[0] = torch.zeros(6)
-    assert sorted(length for _, length in snapshot.regions({"model": model})["buffers/model"]) == [12, 24]
+    assert sorted(length for _, length in memory.regions({"model": model})["state/buffers/model"]) == [12, 24]
 
 
 def test_the_plain_digest_changes_with_counters_options_and_scales() -> None:

@@ -1,6 +1,6 @@
 """The border between Python and the Rust core: what the extension module offers, and nothing clever."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
@@ -67,14 +67,119 @@ def digest_memory(regions: Sequence[tuple[int, int]]) -> bytes:
     Each region's length is hashed before its bytes. The caller keeps the memory alive and unchanged.
     """
 
-def digest_each(regions: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Return the xxh3-128 digest (16 bytes) of each memory region, GIL released."""
-
-def digest_window(regions: Sequence[tuple[int, int]], start: int, length: int) -> bytes:
-    """Return one xxh3-128 digest over bytes [start, start + length) of the regions laid end to end, cyclic."""
-
 def digest_bytes(*parts: bytes) -> bytes:
     """Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length."""
+
+@final
+class GeneratorReader:
+    """Reads digests of the global generators where they lie. None is advanced.
+
+    Args:
+        slow: Returns a generator's bytes by its name, where they cannot be read from memory.
+    """
+
+    def __init__(self, slow: Callable[[str], bytes]) -> None: ...
+    def add_memory(
+        self,
+        name: str,
+        rank: int,
+        address: int,
+        length: int,
+        *,
+        unset: tuple[object, str] | None = None,
+        same: tuple[Callable[[], object], object] | None = None,
+        zero: int | None = None,
+    ) -> None:
+        """Add a generator of `length` bytes at an address that stays readable.
+
+        They are the whole state while the attribute `unset` is None, the call of `same` returns that object, and the
+        32-bit word at the address `zero` is zero; otherwise the slow way is taken. Digests come in the order of ranks.
+        """
+    def add_state(self, name: str, rank: int, get_state: Callable[[], Any]) -> None:
+        """Add a generator whose bytes are in the tensor (uint8, on the CPU, its own memory) that a call returns."""
+    def add_slow(self, name: str, rank: int) -> None:
+        """Add a generator that is always read the slow way."""
+    def when(self, space: Mapping[str, Any], key: str, arrived: Callable[[], None]) -> None:
+        """Call `arrived` once, at the first reading at which `space` has a true value under `key`."""
+    def digests(self) -> list[tuple[str, bytes]]:
+        """Return name and digest (16 bytes) of each generator."""
+
+@final
+class BatchReader:
+    """Reads digests of batches that consist of tensors and plain values in lists, tuples and dicts.
+
+    Args:
+        tensor: torch.Tensor.
+        strided: torch.strided.
+        describe: Returns bytes that describe a tensor of a dtype and a shape.
+        budget: Bytes of one tensor that are digested whole; of larger ones, windows that add up to it.
+    """
+
+    def __init__(
+        self, *, tensor: type, strided: object, describe: Callable[[Any, Any], bytes], budget: int
+    ) -> None: ...
+    def digest(self, batch: object, *, full: bool) -> bytes | None:
+        """Return 16 bytes, or None if there is anything else in the batch. `full` reads all of every tensor."""
+
+@final
+class WatchedMemory:
+    """The memory of the tensors among some members, found again only when a member was replaced, added or moved.
+
+    Args:
+        gather: Returns the regions of the tensors among the members and inside containers among them, each once, and
+            whether a container holds any.
+        tensors: Classes of tensors; the first is the base of all.
+        data_ptr: Returns a tensor's address.
+    """
+
+    def __init__(
+        self,
+        *,
+        gather: Callable[[list[Any]], tuple[list[tuple[int, int]], bool]],
+        tensors: list[type],
+        data_ptr: Callable[[Any], int],
+    ) -> None: ...
+    def regions(self, members: list[Any]) -> list[tuple[int, int]]:
+        """Return (address, length in bytes) of the tensors among members."""
+    def window(self, members: list[Any], turn: int, length: int) -> bytes:
+        """Return one xxh3-128 digest (16 bytes) over `length` bytes of the regions laid end to end as a ring.
+
+        Window number `turn` begins at `turn * length`.
+        """
+
+@final
+class Recorder:
+    """Gathers what belongs to a step and appends its record.
+
+    Args:
+        run: A run that has begun by the time of the first record.
+        generators: Their digests are in every record; as "untouched" where they stand at their origins.
+        tensor: torch.Tensor.
+    """
+
+    def __init__(self, run: Run, *, generators: GeneratorReader, tensor: type) -> None: ...
+    def set_origins(self, origins: dict[str, bytes]) -> None:
+        """Set the digest of each generator before the first step."""
+    def set_optimizers(self, optimizers: list[tuple[str, Any]]) -> None:
+        """Set the optimizers, by name, whose groups' learning rates are in every record."""
+    @property
+    def in_step(self) -> bool:
+        """Whether a batch was handed out whose step has no record yet."""
+    def begin_step(self, indices: bytes | None, batch: bytes) -> None:
+        """Note the digests of what was handed out."""
+    def log(self, name: str, value: object) -> int | float | None:
+        """Log a number, a bool, or a tensor with one element, and return it; None, and nothing logged, for others."""
+    def log_component(self, name: str, value: bytes | int | float | str) -> None:
+        """Log a value as the journal holds it."""
+    def forget_logged(self) -> None:
+        """Drop what was logged since the last record."""
+    def record(
+        self, step: int, phase: int, epoch: int, position: int, state: list[tuple[str, bytes]]
+    ) -> Difference | None:
+        """Append the record: what was handed out, generators, learning rates, what was logged, digests of the state.
+
+        Returns and raises as `Run.record`.
+        """
 
 def derive_key(seed: int, purpose: str, epoch: int, position: int) -> bytes:
     """Return 32 bytes, a pure function of the arguments (docs/format.md, "Keys")."""

@@ -149,6 +149,7 @@ class Run:
         if data not in ("native", "keyed"):
             raise InvalidArgument(f"data must be 'native' or 'keyed', got {data!r}")
         self._proof = proof = Instructions.read(os.environ)
+        self._is_proof = proof != Instructions()
         if proof.directory is not None:
             # What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
             journal = journal if proof.own_journal else "full"
@@ -190,7 +191,8 @@ class Run:
         self._identity: dict[str, Any] = {}
         self._recorded_identity: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
-        self._log: list[tuple[str, Any]] = []
+        self._recorder = digests.recorder(self._core)
+        self._state_digests: digests.StateDigests | None = None
         self._metrics: dict[str, float] = {}
         self._place = _Place()
         self._resume_place: _Place | None = None
@@ -199,7 +201,6 @@ class Run:
         # Weak: the loop's own reference is the only one, and it goes the moment the user breaks out.
         self._primary: weakref.ref[Batches] | None = None
         self._primary_session: Session | None = None
-        self._out: list[digests.Component] | None = None
         self._pin_next = False
         self._started = self._closed = False
         self._replayed_from: int | None = None
@@ -357,10 +358,12 @@ class Run:
         The last finite value under each name is kept in the checkpoint, for `Keep(best=...)`.
         """
         for name, value in logged.items():
-            component = digests.logged(name, value)
-            self._log.append(component)
-            if isinstance(component[1], (int, float)):
-                self._metrics[name] = float(component[1])
+            number = self._recorder.log(name, value)
+            if number is None:
+                number = digests.logged(name, value)
+                self._recorder.log_component(name, number)
+            if isinstance(number, (int, float)):
+                self._metrics[name] = float(number)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -444,6 +447,9 @@ class Run:
                 self._objects, checkpoint.tree["objects"], checkpoint, allow=self._allowed
             )
         self._started = True
+        self._recorder.set_optimizers(digests.optimizers(self._objects))
+        self._recorder.set_origins(self._origins)
+        self._state_digests = digests.StateDigests(self._objects, self._level)
         if checkpoint is not None and self._place.finished and not allowed:
             self._restore_all()
             self._say(f"{self.path}: {self._complete_words()}; nothing to do")
@@ -460,6 +466,7 @@ class Run:
             )
         if checkpoint is None:
             self._origins = dict(rng.digests())
+            self._recorder.set_origins(self._origins)
             self._commit(_IN_EPOCH)
             self._proof.reached("saved:0")
             return
@@ -561,7 +568,7 @@ class Run:
             self._restore_all()
             self._record_restored()
             # What the user's code before the loop logged belongs to the epoch's first step, which is done.
-            self._log = []
+            self._recorder.forget_logged()
         else:
             self._open_fresh(slot)
         slot.active = True
@@ -682,19 +689,17 @@ class Run:
 
     def _handed_out(self, session: Session, batch: Any) -> None:
         """Note what goes into the step that begins now, before the user's code can change it."""
-        out: list[digests.Component] = []
-        if session.indices_digest is not None:
-            out.append(("data/indices", session.indices_digest))
-        out.append(("data/batch", digests.batch_digest(batch, level=self._level)))
-        self._out = out
+        self._recorder.begin_step(session.indices_digest, digests.batch_digest(batch, level=self._level))
         self._place.position = session.position
 
     def _step_done(self) -> None:
         """The boundary after a step, inside the loop: record, save if due, stop if asked."""
         self._record_step()
         self._check_tracked()
-        self._proof.reached(f"step:{self.step}")
-        reason = self._stop.reason or self._proof_ends()
+        reason = self._stop.reason
+        if self._is_proof:
+            self._proof.reached(f"step:{self.step}")
+            reason = self._stop.reason or self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
             self._commit(_IN_EPOCH)
             self._proof.reached(f"saved:{self.step}")
@@ -702,11 +707,10 @@ class Run:
             self._exit_for(reason)
 
     def _record_step(self) -> None:
-        out, self._out = self._out, None
-        assert out is not None, "a step ends only after its batch was handed out"
+        assert self._recorder.in_step, "a step ends only after its batch was handed out"
         self._place.step += 1
         self._steps_of_this_life += 1
-        self._record(_IN_EPOCH, out)
+        self._record(_IN_EPOCH)
         if self._steps_of_this_life == MODULE_WATCH_STEPS:
             self._watch.stop_watching_modules()
 
@@ -717,7 +721,7 @@ class Run:
         self._primary = None
         if session is None:
             return
-        if self._out is not None:
+        if self._recorder.in_step:
             self._record_step()
             self._check_tracked()
         if batches is not None:
@@ -755,7 +759,7 @@ class Run:
                 slot.session.abandon()
                 slot.active = False
         self._place = _Place(step=self.step, epoch=epoch + 1, planned_steps=self._place.planned_steps)
-        self._record(_BETWEEN_EPOCHS, [])
+        self._record(_BETWEEN_EPOCHS)
         self._check_tracked()
         self._proof.reached(f"epoch:{epoch}")
         reason = self._stop.reason
@@ -781,42 +785,36 @@ class Run:
         planned = self._place.planned_steps
         return f"complete, {self.step} of {planned} steps" if planned else f"complete, {self.step} steps"
 
-    def _record(self, phase: int, first: list[digests.Component]) -> None:
-        components = [
-            *first,
-            *self._generators(),
-            *digests.learning_rates(self._objects),
-            *self._log,
-            *digests.state_digests(self._objects, step=self.step, level=self._level),
-        ]
-        self._log = []
-        place = self._place
-        difference = self._core.record(self.step, phase, place.epoch, place.position, components)
+    def _record(self, phase: int) -> None:
+        place, state = self._place, self._state_digests
+        assert state is not None, "a boundary comes after the start"
+        difference = self._recorder.record(
+            place.step, phase, place.epoch, place.position, state.at(place.step)
+        )
         if difference is not None and not self._has_diverged:
             self._diverged(difference)
-        if self.step <= self._core.recorded_until and not self._has_diverged:
-            if self._replayed_from is None:
-                self._replayed_from = self.step
-            if self.step == self._core.recorded_until and phase == _IN_EPOCH:
-                begin, last = self._replayed_from, self.step
-                steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
-                self._say(f"{steps} executed again: identical")
+        if place.step <= self._core.recorded_until and not self._has_diverged:
+            self._executed_again(phase)
+
+    def _executed_again(self, phase: int) -> None:
+        if self._replayed_from is None:
+            self._replayed_from = self.step
+        if self.step == self._core.recorded_until and phase == _IN_EPOCH:
+            begin, last = self._replayed_from, self.step
+            steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
+            self._say(f"{steps} executed again: identical")
 
     def _captured_generators(self) -> dict[str, Any]:
         # Comparisons of checkpoints leave the entry "untouched" out (docs/format.md, "Trees").
         captured = rng.capture()
-        unused = [n for n in ("python", "numpy", "torch") if (f"rng/{n}", "untouched") in self._generators()]
+        unused = [name for name in ("python", "numpy", "torch") if self._is_untouched(f"rng/{name}")]
         return {
             "generators": {name: state for name, state in captured.items() if name not in unused},
             "untouched": {"generators": {name: captured[name] for name in unused}, "origins": self._origins},
         }
 
-    def _generators(self) -> list[digests.Component]:
-        # A generator that nobody seeded and nobody draws from differs from run to run, and means nothing.
-        return [
-            (name, "untouched" if self._origins.get(name) == digest else digest)
-            for name, digest in rng.digests()
-        ]
+    def _is_untouched(self, name: str) -> bool:
+        return name in self._origins and dict(rng.digests()).get(name) == self._origins[name]
 
     def _diverged(self, difference: _core.Difference) -> None:
         self._has_diverged = True

@@ -3,13 +3,17 @@
 //! Touches: Python objects, and memory that Python lends it as (address, length in bytes). What each name promises is
 //! in `python/unbroken/_core.pyi`.
 
+mod batch;
 mod checkpoint;
 mod error;
+mod generators;
 mod key;
 mod leaf;
 mod memory;
 mod run;
+mod step;
 mod value;
+mod watched;
 
 /// The border between Python and the Rust core.
 #[pyo3::pymodule(name = "_core")]
@@ -25,15 +29,23 @@ mod module {
     use crate::value::{from_python, to_python};
 
     #[pymodule_export]
+    use crate::batch::BatchReader;
+    #[pymodule_export]
     use crate::checkpoint::{Checkpoint, CheckpointInfo};
+    #[pymodule_export]
+    use crate::generators::GeneratorReader;
     #[pymodule_export]
     use crate::key::{Order, derive_key};
     #[pymodule_export]
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
-    use crate::memory::{digest_bytes, digest_each, digest_memory, digest_window};
+    use crate::memory::{digest_bytes, digest_memory};
     #[pymodule_export]
     use crate::run::{Difference, Run, read_checkpoint, read_journal};
+    #[pymodule_export]
+    use crate::step::Recorder;
+    #[pymodule_export]
+    use crate::watched::WatchedMemory;
 
     /// Return the canonical bytes of a value.
     #[pyfunction]

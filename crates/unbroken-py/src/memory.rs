@@ -92,25 +92,6 @@ pub(crate) fn digest_memory<'py>(regions: &Bound<'py, PyAny>) -> PyResult<Bound<
     Ok(PyBytes::new(regions.py(), &digest.0))
 }
 
-/// Return the xxh3-128 digest (16 bytes) of each memory region, GIL released.
-#[pyfunction]
-pub(crate) fn digest_each<'py>(regions: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-    let py = regions.py();
-    let digests = over_regions(regions, Fingerprint::of_each)?;
-    PyList::new(py, digests.iter().map(|digest| PyBytes::new(py, &digest.0)))
-}
-
-/// Return one xxh3-128 digest over bytes [start, start + length) of the regions laid end to end, cyclic.
-#[pyfunction]
-pub(crate) fn digest_window<'py>(
-    regions: &Bound<'py, PyAny>,
-    start: u64,
-    length: u64,
-) -> PyResult<Bound<'py, PyBytes>> {
-    let digest = over_regions(regions, |slices| Fingerprint::of_window(slices, start, length))?;
-    Ok(PyBytes::new(regions.py(), &digest.0))
-}
-
 /// Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length.
 #[pyfunction]
 #[pyo3(signature = (*parts))]

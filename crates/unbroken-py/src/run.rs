@@ -138,11 +138,7 @@ impl Run {
         components: &Bound<'_, PyAny>,
     ) -> PyResult<Option<Difference>> {
         let components = components_from_python(components)?;
-        let difference = self
-            .run
-            .record(step, phase, epoch, position, components)
-            .map_err(|failure| error::raise(py, &failure))?;
-        Ok(difference.map(|difference| Difference { difference }))
+        self.append(py, step, phase, epoch, position, components)
     }
 
     fn event(&self, py: Python<'_>, kind: &str, step: u64, fields: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -245,6 +241,25 @@ impl Run {
     }
 }
 
+impl Run {
+    /// Appends one record, and compares it with what earlier lives recorded.
+    pub(crate) fn append(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        phase: u8,
+        epoch: u64,
+        position: u64,
+        components: Vec<(String, Component)>,
+    ) -> PyResult<Option<Difference>> {
+        let difference = self
+            .run
+            .record(step, phase, epoch, position, components)
+            .map_err(|failure| error::raise(py, &failure))?;
+        Ok(difference.map(|difference| Difference { difference }))
+    }
+}
+
 /// Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).
 #[pyfunction]
 pub(crate) fn read_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
@@ -306,7 +321,7 @@ fn components_from_python(components: &Bound<'_, PyAny>) -> PyResult<Vec<(String
 }
 
 /// Reads one component. Subclasses are welcome here (numpy's float64 is one of float): only their number counts.
-fn component_from_python(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Component> {
+pub(crate) fn component_from_python(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Component> {
     if let Ok(digest) = value.cast::<PyBytes>() {
         return Ok(Component::Digest(digest.as_bytes().to_vec()));
     }

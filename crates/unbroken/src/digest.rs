@@ -167,11 +167,6 @@ impl Fingerprint {
         Fingerprint(state.digest128().to_be_bytes())
     }
 
-    /// The fingerprint of each region by itself.
-    pub fn of_each(regions: &[&[u8]]) -> Vec<Fingerprint> {
-        regions.iter().map(|region| Fingerprint::of(region)).collect()
-    }
-
     /// One fingerprint over bytes `[start, start + length)` of the regions laid end to end, as a ring.
     ///
     /// `start` counts modulo the total; a window longer than the ring is cut to one turn. Lengths are not hashed.
@@ -339,6 +334,5 @@ mod tests {
             Fingerprint::of(b"").to_string(),
             "99aa06d3014798d86001c324468d497f"
         );
-        assert_eq!(Fingerprint::of_each(&[b"", b"abc"])[1], Fingerprint::of(b"abc"));
     }
 }

@@ -6,7 +6,6 @@ level only, because reading them makes the host wait.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,10 +13,9 @@ import torch
 
 from unbroken import _core
 
-from . import snapshot
+from . import memory, rng, snapshot
 
 Level = Literal["sampled", "full"]
-Component = tuple[str, "bytes | int | float | str"]
 
 # Up to here a batch is digested whole (about 0.1 ms); of larger tensors, evenly spread windows that add up to it.
 BATCH_BUDGET_BYTES = 1 << 20
@@ -34,6 +32,12 @@ def batch_digest(batch: Any, *, level: Level) -> bytes:
         batch: Any nesting of tensors, arrays, containers and plain values. Objects of other types count by type name.
         level: `full` reads every byte; `sampled` reads at most about 1 MiB of each large tensor.
     """
+    found = _batches.digest(batch, full=level == "full")
+    return _digest_anything(batch, level) if found is None else found
+
+
+def _digest_anything(batch: Any, level: Level) -> bytes:
+    """Return what `batch_digest` does, of anything; where the core can read a batch, it gives the same digest."""
     parts: list[bytes] = []
     regions: list[tuple[int, int]] = []
     keep: list[Any] = []
@@ -75,9 +79,13 @@ def _walk(
             _walk(fields, level, parts, regions, keep)
 
 
-@functools.lru_cache(maxsize=256)
 def _tensor_head(dtype: torch.dtype, shape: torch.Size) -> bytes:
     return f"tensor {dtype} {tuple(shape)}".encode()
+
+
+_batches = _core.BatchReader(
+    tensor=torch.Tensor, strided=torch.strided, describe=_tensor_head, budget=BATCH_BUDGET_BYTES
+)
 
 
 def _windows(address: int, length: int, level: Level) -> list[tuple[int, int]]:
@@ -88,7 +96,17 @@ def _windows(address: int, length: int, level: Level) -> list[tuple[int, int]]:
     return [(address + i * stride, size) for i in range(_WINDOWS)]
 
 
-def logged(name: str, value: Any) -> Component:
+def recorder(run: _core.Run) -> _core.Recorder:
+    """Return what gathers a run's records."""
+    return _core.Recorder(run, generators=rng.reader(), tensor=torch.Tensor)
+
+
+def optimizers(objects: Mapping[str, object]) -> list[tuple[str, Any]]:
+    """Return the tracked optimizers, whose learning rates go into every record, by name."""
+    return [(name, item) for name, item in objects.items() if isinstance(item, torch.optim.Optimizer)]
+
+
+def logged(name: str, value: Any) -> bytes | int | float | str:
     """Return the journal's form of one logged value: numbers by their bits, larger tensors by digest.
 
     Raises:
@@ -97,54 +115,43 @@ def logged(name: str, value: Any) -> Component:
     if isinstance(value, torch.Tensor):
         if value.numel() == 1 and not value.is_complex():
             number = value.detach().item()
-            return f"log/{name}", number if isinstance(number, float) else int(number)
-        return f"log/{name}", batch_digest(value, level="full")
-    if isinstance(value, bool):
-        return f"log/{name}", int(value)
+            return number if isinstance(number, float) else int(number)
+        return batch_digest(value, level="full")
     if isinstance(value, (int, float, str)):
-        return f"log/{name}", int(value) if isinstance(value, int) else value
+        return int(value) if isinstance(value, int) else value
     if hasattr(value, "item") and getattr(value, "size", None) == 1:
         return logged(name, value.item())
     raise TypeError(f"run.log({name}=...) takes a number, a text or a tensor, got {type(value).__name__}")
 
 
-def learning_rates(objects: Mapping[str, object]) -> list[Component]:
-    """Return the learning rate of each group of each tracked optimizer, by its bits."""
-    rates: list[Component] = []
-    for name, item in objects.items():
-        if isinstance(item, torch.optim.Optimizer):
-            for index, group in enumerate(item.param_groups):
-                rate = group.get("lr")
-                if rate is not None:
-                    rates.append((f"lr/{name}/{index}", float(rate)))
-    return rates
-
-
-def state_digests(objects: Mapping[str, object], *, step: int, level: Level) -> list[Component]:
-    """Return digests of tracked state at a boundary, part by part, in causal order.
+class StateDigests:
+    """Digests of the tracked state at a boundary, part by part, in causal order.
 
     In the full level every byte of every part. In the sampled level it is the turn of one object, of which each part
     contributes a window of its bytes, and every sixteenth step of the small plain state: pure functions of the step, so
     that two runs sample alike, and every byte comes round.
+
+    Args:
+        objects: What is tracked, by name; no longer changed.
+        level: The journal's level.
     """
-    if level == "full":
-        digests: list[Component] = [
-            (f"state/{name}", _core.digest_memory(regions))
-            for name, regions in snapshot.regions(objects).items()
-        ]
-        return [*digests, ("state/plain", snapshot.plain_digest(objects))]
-    sampled = [name for name, item in objects.items() if isinstance(item, _SAMPLED)]
-    digests = []
-    if sampled:
-        turn, name = step // len(sampled), sampled[step % len(sampled)]
-        for part, regions in snapshot.regions({name: objects[name]}).items():
-            total = sum(length for _, length in regions)
-            window = min(total, STATE_WINDOW_BYTES)
-            start = (turn * STATE_WINDOW_BYTES) % total if total else 0
-            digests.append((f"state/{part}", _core.digest_window(regions, start, window)))
-    if step % PLAIN_STATE_STEPS == 0:
-        digests.append(("state/plain", snapshot.plain_digest(objects)))
-    return digests
 
+    def __init__(self, objects: Mapping[str, object], level: Level) -> None:
+        self._objects = objects
+        self._full = level == "full"
+        self._turns = [(name, item) for name, item in objects.items() if memory.is_watched(item)]
 
-_SAMPLED = (torch.nn.Module, torch.optim.Optimizer, torch.Tensor)
+    def at(self, step: int) -> list[tuple[str, bytes]]:
+        """Return the digests that belong to the boundary after a step."""
+        if self._full:
+            parts = memory.regions(self._objects).items()
+            digests = [(part, _core.digest_memory(regions)) for part, regions in parts]
+            return [*digests, ("state/plain", snapshot.plain_digest(self._objects))]
+        digests = []
+        if self._turns:
+            turn, index = divmod(step, len(self._turns))
+            name, item = self._turns[index]
+            digests = memory.windows(name, item, turn=turn, length=STATE_WINDOW_BYTES)
+        if step % PLAIN_STATE_STEPS == 0:
+            digests.append(("state/plain", snapshot.plain_digest(self._objects)))
+        return digests

@@ -58,7 +58,6 @@ def _python_words_slow(generator: random.Random) -> bytes:
 
 _PYTHON_OFFSET = _find_python_words()
 _PYTHON_GLOBAL: random.Random = random.getstate.__self__  # pyright: ignore[reportFunctionMemberAccess]
-_PYTHON_ADDRESS = id(_PYTHON_GLOBAL) + (_PYTHON_OFFSET or 0)
 
 
 def _read_python(generator: random.Random) -> bytes:
@@ -88,11 +87,6 @@ class _Numpy:
         self.random = module.random
         self.state: Any = module.random.get_state.__self__
         self.gauss_offset = self._find_gauss()
-        self._bits: Any = None
-        self._address: int | None = None
-        self._gauss_flag = None
-        if self.gauss_offset is not None:
-            self._gauss_flag = ctypes.c_int32.from_address(id(self.state) + self.gauss_offset)
 
     def _find_gauss(self) -> int | None:
         """Return where a RandomState keeps its cached normal (flag, 8 bytes further the number), or None."""
@@ -117,16 +111,16 @@ class _Numpy:
                 return None
         return offset
 
-    def region(self) -> tuple[int, int] | None:
-        """Return where the state lies that `read` would return, or None where it takes more than that."""
+    def place(self) -> tuple[int, Any, int] | None:
+        """Return address, bit generator and address of a flag; None where the state takes more than its memory.
+
+        What lies at the first address is what `read` returns, while the bit generator is the global one and the flag
+        (32 bits) is zero.
+        """
         bits = self.random.get_bit_generator()
-        if bits is not self._bits:
-            self._bits = bits
-            plain = type(bits).__name__ == _TWISTER and self.gauss_offset is not None
-            self._address = bits.ctypes.state_address if plain else None
-        if self._address is None or self._gauss_flag is None or self._gauss_flag.value:
+        if type(bits).__name__ != _TWISTER or self.gauss_offset is None:
             return None
-        return self._address, _NUMPY_BYTES
+        return bits.ctypes.state_address, bits, id(self.state) + self.gauss_offset
 
     def read(self) -> bytes:
         bits = self.random.get_bit_generator()
@@ -337,32 +331,65 @@ def _size(data: object) -> str:
     return f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
 
 
+def reader() -> _core.GeneratorReader:
+    """Return what reads the digests of the global generators; numpy's and CUDA's are among them once they exist."""
+    global _reader
+    if _reader is None:
+        _reader = _make_reader()
+    return _reader
+
+
 def digests() -> list[tuple[str, bytes]]:
     """Return a digest (16 bytes) of each global generator, by name; a few microseconds, none is advanced."""
-    cpu = torch.default_generator.get_state()
-    regions = [(cpu.data_ptr(), cpu.numel())]
-    names = ["rng/torch"]
-    slow: list[tuple[str, bytes]] = []
+    return reader().digests()
+
+
+_reader: _core.GeneratorReader | None = None
+
+
+def _make_reader() -> _core.GeneratorReader:
+    found = _core.GeneratorReader(_read_slowly)
     # What lies in memory as it would be read is digested there; a cached normal goes the long way.
-    # `cpu` is kept until then: its memory is among the regions.
-    if _PYTHON_OFFSET is not None and _PYTHON_GLOBAL.gauss_next is None:  # pyright: ignore[reportAttributeAccessIssue]
-        names.append("rng/python")
-        regions.append((_PYTHON_ADDRESS, _PYTHON_BYTES))
+    if _PYTHON_OFFSET is None:
+        found.add_slow("rng/python", 0)
     else:
-        slow.append(("rng/python", _core.digest_bytes(_read_python(_PYTHON_GLOBAL))))
+        found.add_memory(
+            "rng/python",
+            0,
+            id(_PYTHON_GLOBAL) + _PYTHON_OFFSET,
+            _PYTHON_BYTES,
+            unset=(_PYTHON_GLOBAL, "gauss_next"),
+        )
+    found.add_state("rng/torch", 2, torch.default_generator.get_state)
+    found.when(sys.modules, "numpy.random", lambda: _add_numpy(found))
+    found.when(vars(torch.cuda), "_initialized", lambda: _add_cuda(found))
+    return found
+
+
+def _add_numpy(found: _core.GeneratorReader) -> None:
     numpy = _numpy()
-    if numpy is not None:
-        region = numpy.region()
-        if region is not None:
-            names.append("rng/numpy")
-            regions.append(region)
-        else:
-            slow.append(("rng/numpy", _core.digest_bytes(numpy.read())))
-    cuda = [_torch_bytes(generator) for generator in _cuda_generators()]
-    slow.extend((f"rng/cuda:{index}", _core.digest_bytes(data)) for index, data in enumerate(cuda))
-    found = dict([*zip(names, _core.digest_each(regions), strict=True), *slow])
-    order = ["rng/python", "rng/numpy", "rng/torch", *(f"rng/cuda:{index}" for index in range(len(cuda)))]
-    return [(name, found[name]) for name in order if name in found]
+    assert numpy is not None, "numpy.random is imported"
+    place = numpy.place()
+    if place is None:
+        found.add_slow("rng/numpy", 1)
+        return
+    address, bits, flag = place
+    found.add_memory(
+        "rng/numpy", 1, address, _NUMPY_BYTES, same=(numpy.random.get_bit_generator, bits), zero=flag
+    )
+
+
+def _add_cuda(found: _core.GeneratorReader) -> None:
+    for index, generator in enumerate(_cuda_generators()):
+        found.add_state(f"rng/cuda:{index}", 3 + index, generator.get_state)
+
+
+def _read_slowly(name: str) -> bytes:
+    if name == "rng/python":
+        return _read_python(_PYTHON_GLOBAL)
+    numpy = _numpy()
+    assert name == "rng/numpy" and numpy is not None, "the others are never read slowly"
+    return numpy.read()
 
 
 # Generator objects that someone owns.

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import collections
 import enum
-import itertools
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from unbroken import _core, values
@@ -24,7 +21,7 @@ from unbroken._core import Object
 from unbroken._core import Tensor as Leaf
 from unbroken.errors import MismatchError, UnsupportedState
 from unbroken.torch import modules, optimizers, rng, schedulers, tensors
-from unbroken.torch.objects import Capture, Names, Restorer, walk_leaves
+from unbroken.torch.objects import Capture, Names, Restorer
 from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
@@ -374,188 +371,7 @@ def restore_training_flags(flags: list[tuple[torch.nn.Module, bool]]) -> None:
         module.training = flag
 
 
-# Digests of every step.
-
-
-class _Component:
-    """The memory of one part of the state, gathered again only when a tensor was replaced, added or moved."""
-
-    def __init__(self) -> None:
-        self._ids: list[int] = []
-        self._containers: list[Any] = []
-        self._lengths: list[int] = []
-        self._tensors: list[torch.Tensor] = []
-        self._addresses: list[int] = []
-        self._nested = True
-        self._only_tensors = False
-        self._regions: list[tuple[int, int]] = []
-
-    def regions(self, members: list[Any], skip: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
-        """Return (address, length in bytes) of the tensors among members, in a fixed order, each once.
-
-        Args:
-            members: Tensors, plain containers of tensors, and anything else, which is passed over.
-            skip: Identities of members that are passed over too.
-        """
-        if self._only_tensors and len(members) == len(self._addresses):
-            try:
-                # The tensors of last time are still held here, so that another tensor has another address.
-                if list(map(_address, members)) == self._addresses:
-                    return self._regions
-            except TypeError:
-                pass  # A member is no tensor any more.
-        ids = list(map(id, members))
-        if (
-            self._nested
-            or ids != self._ids
-            or list(map(len, self._containers)) != self._lengths
-            or list(map(_address, self._tensors)) != self._addresses
-        ):
-            self._gather([member for member in members if id(member) not in skip])
-            self._ids = ids
-            self._only_tensors = len(self._tensors) == len(members) and not self._nested
-        return self._regions
-
-    def _gather(self, members: list[Any]) -> None:
-        self._containers = [member for member in members if isinstance(member, _WATCHED_CONTAINERS)]
-        self._lengths = list(map(len, self._containers))
-        # Tensors inside containers can be exchanged without a trace in the members' identities.
-        self._nested = next(walk_leaves(self._containers), None) is not None
-        self._tensors = [tensor for tensor in walk_leaves(members) if _is_readable(tensor)]
-        self._addresses = list(map(_address, self._tensors))
-        self._regions = list(dict.fromkeys(map(_region, self._tensors)))
-
-
-class _ModuleWatch:
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self._parameters, self._buffers = _Component(), _Component()
-        self._children: list[int] = []
-        self._spaces: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        self._machinery: frozenset[int] = frozenset()
-
-    def watches(self, item: object) -> bool:
-        return self._module() is item
-
-    def regions(self, name: str, module: Any) -> list[tuple[str, list[tuple[int, int]]]]:
-        spaces, parameters, buffers = self._spaces
-        children = list(map(id, _members(spaces)))
-        if not spaces or children != self._children:
-            self._find(module)
-            spaces, parameters, buffers = self._spaces
-            self._children = list(map(id, _members(spaces)))
-        return [
-            (f"parameters/{name}", self._parameters.regions(_members(parameters))),
-            (f"buffers/{name}", self._buffers.regions(_members(buffers), self._machinery)),
-        ]
-
-    def _find(self, module: torch.nn.Module) -> None:
-        parts = [part for _, part in modules.walk(module)]
-        # Layers of torch's own gain no children or tensors and keep none in plain attributes; looking costs time.
-        users = [part for part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
-        own = [vars(part) for part in users]
-        grown = {id(part) for part in users}
-        self._spaces = (
-            [part._modules for part in parts if part._modules or id(part) in grown],
-            [part._parameters for part in parts if part._parameters or id(part) in grown],
-            [*(part._buffers for part in parts if part._buffers or id(part) in grown), *own],
-        )
-        self._machinery = frozenset(
-            id(value) for space in own for key, value in space.items() if key in modules.MACHINERY
-        )
-
-
-class _OptimizerWatch:
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._state = _Component()
-
-    def watches(self, item: object) -> bool:
-        return self._optimizer() is item
-
-    def regions(self, name: str, optimizer: Any) -> list[tuple[str, list[tuple[int, int]]]]:
-        return [(f"optimizer/{name}", self._state.regions(_members(optimizer.state.values())))]
-
-
-class _TensorWatch:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._component = _Component()
-
-    def watches(self, item: object) -> bool:
-        return self._tensor() is item
-
-    def regions(self, name: str, tensor: Any) -> list[tuple[str, list[tuple[int, int]]]]:
-        return [(f"parameters/{name}", self._component.regions([tensor]))]
-
-
-_WATCHED_CONTAINERS = (list, dict, tuple, set)
-
-_address = torch.Tensor.data_ptr
-
-
-def _members(spaces: Iterable[Any]) -> list[Any]:
-    try:
-        return list(itertools.chain.from_iterable(map(dict.values, spaces)))
-    except TypeError:  # An optimizer that keeps something else than dicts in its state.
-        return [space for part in spaces for space in (part.values() if isinstance(part, dict) else [part])]
-
-
-def _is_readable(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not is_lazy(tensor)
-        and tensor.numel() > 0
-    )
-
-
-def _region(tensor: torch.Tensor) -> tuple[int, int]:
-    if tensor.is_contiguous() and not tensor.is_quantized:
-        return tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-_Watch = _ModuleWatch | _OptimizerWatch | _TensorWatch
-
-_watches: dict[int, _Watch] = {}
-
-
-def regions(objects: Mapping[str, object]) -> dict[str, list[tuple[int, int]]]:
-    """Return the memory of the state, part by part in causal order: `optimizer/`, `parameters/`, `buffers/` and name.
-
-    Cheap when nothing was replaced since the last call. Tensors elsewhere than on the CPU are not among them, nor are
-    gradients: their effect is. The memory is the live tensors' own: valid until the next step.
-    """
-    ordered: dict[str, list[tuple[int, int]]] = {}
-    for name, item in sorted(objects.items(), key=_optimizers_first):
-        watch = _watches.get(id(item))
-        if watch is None or not watch.watches(item):
-            watch = _new_watch(item)
-            if watch is None:
-                continue
-            _forget_dead()
-            _watches[id(item)] = watch
-        ordered.update(watch.regions(name, item))
-    return ordered
-
-
-def _optimizers_first(entry: tuple[str, object]) -> bool:
-    return not isinstance(entry[1], Optimizer)
-
-
-def _new_watch(item: object) -> _Watch | None:
-    if isinstance(item, torch.nn.Module):
-        return _ModuleWatch(item)
-    if isinstance(item, Optimizer):
-        return _OptimizerWatch(item)
-    return _TensorWatch(item) if isinstance(item, torch.Tensor) else None
-
-
-def _forget_dead() -> None:
-    for key in [key for key, watch in _watches.items() if watch.watches(None)]:
-        del _watches[key]
+# What every step digests of the small state.
 
 
 def plain_digest(objects: Mapping[str, object]) -> bytes:
