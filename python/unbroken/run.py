@@ -695,11 +695,11 @@ class Run:
     def _step_done(self) -> None:
         """The boundary after a step, inside the loop: record, save if due, stop if asked."""
         self._record_step()
-        self._check_tracked()
-        reason = self._stop.reason
+        if self._watch.has_seen:
+            self._check_tracked()
         if self._is_proof:
             self._proof.reached(f"step:{self.step}")
-            reason = self._stop.reason or self._proof_ends()
+        reason = self._stop.reason or self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
             self._commit(_IN_EPOCH)
             self._proof.reached(f"saved:{self.step}")
@@ -848,11 +848,10 @@ class Run:
             )
 
     def _due(self, phase: int) -> bool:
-        if self._pin_next or f"{self.step}-{phase}" in self._proof.save:
+        if self._pin_next or (self._proof.save and f"{self.step}-{phase}" in self._proof.save):
             return True
-        return self.policy.due(
-            step=self.step, phase=phase, seconds_since_last=time.monotonic() - self._last_commit
-        )
+        since = time.monotonic() - self._last_commit
+        return self.policy.due(step=self._place.step, phase=phase, seconds_since_last=since)
 
     def _commit(self, phase: int) -> None:
         """Save this boundary. On return it survives a power cut; then, and only then, older ones may go."""
@@ -917,11 +916,8 @@ class Run:
             self._commit(phase)
 
     def _proof_ends(self) -> str | None:
-        return (
-            "the last step to prove"
-            if self._proof.steps is not None and self.step >= self._proof.steps
-            else None
-        )
+        last = self._proof.steps
+        return "the last step to prove" if last is not None and self.step >= last else None
 
     def _say_incomplete(self, *, failed: bool) -> None:
         if self._started and not self._closed and not self.finished:

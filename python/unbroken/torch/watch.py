@@ -78,6 +78,11 @@ class Watch:
         """Look again."""
         self._paused -= 1
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether anything came by since the last call of `untracked` that was not known."""
+        return bool(self._seen)
+
     def untracked(self) -> list[str]:
         """Return what was seen for the first time since the last call and is not tracked, in words."""
         if not self._seen:
