@@ -3,14 +3,16 @@
     OMP_NUM_THREADS=1 python bench/step_cost.py [--steps N] [--rounds N] [--json FILE]
 
 The same training runs plain and wrapped by turns, in one process: one plain epoch, one wrapped epoch, and
-again. Each pair gives one difference, and the median of the pairs is reported, with the lowest and the
-highest quarter as its spread. CPU time is that of the main thread alone (`time.thread_time`); workers' own
-time is not in it, their waiting shows in the wall time.
+again. Each epoch gives its median step, each pair of epochs one difference of these, and the median of the pairs
+is reported, with the lowest and the highest quarter as its spread. Medians, because on a machine that others use
+too a few steps take ten times as long, and they are not what is asked about. CPU time is that of the main thread
+alone (`time.thread_time`); workers' own time is not in it, their waiting shows in the wall time.
 
 Expect: less than 200 us of the main thread for a step, which is less than 1 % of a step of 20 ms.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -32,6 +34,7 @@ from unbroken.policy import Policy
 BATCH_SIZE = 32
 FEATURES = 256
 STEP_MS = 20.0
+LEFT_OUT = 20
 
 
 class Rows(Dataset[tuple[torch.Tensor, int]]):
@@ -78,7 +81,7 @@ class Training:
             self.epochs = self.run.epochs(rounds)
 
     def epoch(self) -> tuple[float, float]:
-        """Run one epoch; return main thread CPU and wall seconds for a step, the first ones left out.
+        """Run one epoch; return main thread CPU and wall seconds of the median step, the first ones left out.
 
         The first steps belong to the start of workers and to the watch for untracked modules.
         """
@@ -86,8 +89,7 @@ class Training:
         if self.run is not None:
             next(self.epochs)
             batches = self.run.batches(self.loader)
-        left_out, count = 20, 0
-        cpu = wall = 0.0
+        cpu, wall = [time.thread_time()], [time.perf_counter()]
         for x, y in batches:
             loss = nn.functional.cross_entropy(self.net(x), y)
             self.opt.zero_grad()
@@ -96,11 +98,13 @@ class Training:
             self.sched.step()
             if self.run is not None:
                 self.run.log(loss=loss)
-            count += 1
-            if count == left_out:
-                cpu, wall = time.thread_time(), time.perf_counter()
-        steps = count - left_out
-        return (time.thread_time() - cpu) / steps, (time.perf_counter() - wall) / steps
+            cpu.append(time.thread_time())
+            wall.append(time.perf_counter())
+        return _median_step(cpu), _median_step(wall)
+
+
+def _median_step(stamps: list[float]) -> float:
+    return statistics.median(end - begin for begin, end in itertools.pairwise(stamps[LEFT_OUT:]))
 
 
 def measure(workers: int, steps: int, rounds: int, level: str) -> dict[str, Any]:
