@@ -122,6 +122,26 @@ class BatchReader:
         """Return 16 bytes, or None if there is anything else in the batch. `full` reads all of every tensor."""
 
 @final
+class IndexLog:
+    """Digests (16 bytes) of the payloads that a sampler issued, until they are handed out, and of all together."""
+
+    def __init__(self) -> None: ...
+    def note(self, payload: object) -> bool:
+        """Note a payload that was issued; False, and nothing noted, if it is no index or list of indices."""
+    def note_bytes(self, data: bytes) -> None:
+        """Note a payload by bytes that determine it; for indices, little-endian integers of 64 bits."""
+    def hand_out(self) -> bytes | None:
+        """Return the digest of the oldest payload that was issued and not handed out."""
+    @property
+    def rolling(self) -> bytes:
+        """Digest of all payloads, each with the digest before it."""
+    @rolling.setter
+    def rolling(self, digest: bytes) -> None: ...
+    @property
+    def last(self) -> bytes:
+        """Digest of the last payload."""
+
+@final
 class WatchedMemory:
     """The memory of the tensors among some members, found again only when a member was replaced, added or moved.
 

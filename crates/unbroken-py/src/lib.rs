@@ -7,6 +7,7 @@ mod batch;
 mod checkpoint;
 mod error;
 mod generators;
+mod indices;
 mod key;
 mod leaf;
 mod memory;
@@ -34,6 +35,8 @@ mod module {
     use crate::checkpoint::{Checkpoint, CheckpointInfo};
     #[pymodule_export]
     use crate::generators::GeneratorReader;
+    #[pymodule_export]
+    use crate::indices::IndexLog;
     #[pymodule_export]
     use crate::key::{Order, derive_key};
     #[pymodule_export]

@@ -18,7 +18,7 @@ from unbroken.errors import MismatchError, NotExact
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned, encode_hook, has_state_hook, load_hook
 from unbroken.torch.data.sampler import LOG_BYTES, Recorder
-from unbroken.torch.data.shadow import IndexStream, Shadow
+from unbroken.torch.data.shadow import IndexStream, Shadow, as_it_is, first
 from unbroken.torch.data.tickets import Parcel, Place, WorkerState
 from unbroken.torch.data.worker import EndNoter, InitProxy, IterableCollateProxy, IterableProxy
 
@@ -70,8 +70,8 @@ class NativeIterable:
         self._shadow = Shadow(
             loader,
             dataset=self._proxy or self._noter or dataset,
-            collate=(lambda collate: IterableCollateProxy(collate, dataset)) if self._ships else _as_it_is,
-            init=InitProxy if self._ships else _first,
+            collate=(lambda collate: IterableCollateProxy(collate, dataset)) if self._ships else as_it_is,
+            init=InitProxy if self._ships else first,
             stream=IndexStream(self, sampler),
         )
         self._indices = sampler
@@ -267,11 +267,3 @@ class NativeIterable:
     def _restore_loader_generator(self, state: Value) -> None:
         if state["generator"] is not None and self._loader.generator is not None:
             rng.restore_generator(self._loader.generator, state["generator"])
-
-
-def _as_it_is(collate: Any) -> Any:
-    return collate
-
-
-def _first(init: Any, collate: Any) -> Any:
-    return init

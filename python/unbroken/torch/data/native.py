@@ -19,7 +19,7 @@ from unbroken.errors import MismatchError
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned
 from unbroken.torch.data.sampler import Recorder
-from unbroken.torch.data.shadow import IndexStream, Shadow
+from unbroken.torch.data.shadow import IndexStream, Shadow, as_it_is, first
 from unbroken.torch.data.tickets import Parcel, Ticket, WorkerState
 from unbroken.torch.data.worker import CollateProxy, InitProxy, MapProxy
 
@@ -35,17 +35,19 @@ class NativeMap:
         self._persistent = loader.persistent_workers
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         self.recorder = Recorder(sampler, dataset=loader.dataset)
+        # Without workers the user's own objects do: what they move is the process's, and read there.
+        is_apart = self._workers_count > 0
         self._shadow = Shadow(
             loader,
-            dataset=MapProxy(loader.dataset),
-            collate=CollateProxy,
-            init=InitProxy,
+            dataset=MapProxy(loader.dataset) if is_apart else loader.dataset,
+            collate=CollateProxy if is_apart else as_it_is,
+            init=InitProxy if is_apart else first,
             stream=IndexStream(self, sampler),
         )
         self._owned = Owned({"dataset": loader.dataset, "collate": loader.collate_fn})
         self._iterator: Iterator[Any] | None = None
         self._source: Literal["fresh", "resumed", "tokens", "closed"] = "closed"
-        self._queue: deque[Ticket] = deque()
+        self._queue: deque[Any] = deque()  # What the index stream gives first: tickets and indices.
         self._making_workers = False
         self._seed_state: bytes = b""  # What base_seed was drawn from, at the making of the workers.
         self._origin = Captured({}, {}, {})  # What the data set owned then.
@@ -74,7 +76,7 @@ class NativeMap:
             return self._queue.popleft()
         if self._source in ("tokens", "closed"):
             raise StopIteration
-        return Ticket(self.recorder.pull())
+        return self.recorder.pull()
 
     # The session's side.
 
@@ -161,7 +163,7 @@ class NativeMap:
         with rng.preserved():
             pending = self.recorder.replay(state["sampler"], position)
             self._source = "resumed"
-            self._queue = deque(Ticket(payload) for payload in pending)
+            self._queue = deque(pending)
             if self._workers_count:
                 self._make_workers(state["workers"], turn=position % self._workers_count)
             else:

@@ -178,9 +178,8 @@ class Recorder:
         self._events = 0
         self.pulls = 0
         self.exhausted = False
-        self._rolling = bytes(16)  # Digest of all payloads so far, each with the digest before it.
-        self._last = bytes(16)  # Digest of the last payload.
-        self._issued: deque[tuple[bytes, Any]] = deque()
+        self._issued = _core.IndexLog()
+        self._pending: deque[Any] = deque()  # The payloads themselves, where they are saved.
 
     def begin(self, key: bytes | None = None) -> None:
         """Begin a fresh epoch; in keyed mode from its key."""
@@ -214,7 +213,11 @@ class Recorder:
 
     def consumed(self) -> bytes:
         """Note that the oldest issued payload was handed out; return its digest."""
-        return self._issued.popleft()[0]
+        if self._pending:
+            self._pending.popleft()
+        digest = self._issued.hand_out()
+        assert digest is not None, "a payload is issued before it is handed out"
+        return digest
 
     def state(self, *, is_open: bool) -> Value:
         """Return what a later process needs to pull the same indices.
@@ -230,12 +233,12 @@ class Recorder:
             "pulls": self.pulls,
             "exhausted": self.exhausted,
             "started": self._iterator is not None,
-            "rolling": self._rolling,
-            "last": self._last,
+            "rolling": self._issued.rolling,
+            "last": self._issued.last,
         }
         owned = self.owned.capture().to_value()
         if stateful is not None:
-            pending = [values.lower(payload, path="sampler/pending") for _, payload in self._issued]
+            pending = [values.lower(payload, path="sampler/pending") for payload in self._pending]
             hook = encode_hook(stateful, "sampler")
             return {**common, "kind": "state_dict", "hook": hook, "pending": pending, "owned": owned}
         if not is_open:
@@ -292,9 +295,13 @@ class Recorder:
         if state["started"]:
             self._iterator = iter(()) if is_over else iter(self.sampler)
         pending = [values.raise_(payload, path="sampler/pending") for payload in state["pending"]]
-        self.pulls, self.exhausted, self._rolling = state["pulls"], state["exhausted"], state["rolling"]
         for payload in pending:
-            self._issued.append((_core.digest_bytes(self._digest(payload)), payload))
+            self._count(payload)
+        self.pulls, self.exhausted, self._issued.rolling = (
+            state["pulls"],
+            state["exhausted"],
+            state["rolling"],
+        )
         return pending
 
     def _turn_again(self, state: Value, position: int) -> list[Any]:
@@ -303,7 +310,7 @@ class Recorder:
             pending = self._skip_ahead(state, log, position)
         else:
             pending = self._repeat(state, log, position)
-        found = (self.pulls, self.exhausted, self._rolling, self._last)
+        found = (self.pulls, self.exhausted, self._issued.rolling, self._issued.last)
         if found != (state["pulls"], state["exhausted"], state["rolling"], state["last"]):
             raise NotExact(
                 self.name,
@@ -344,7 +351,7 @@ class Recorder:
             if self.pulls > position:
                 pending.append(payload)
             else:
-                self._issued.popleft()
+                self.consumed()
         return pending
 
     def _skip_ahead(self, state: Value, log: dict[int, dict[str, Any]], position: int) -> list[Any]:
@@ -367,10 +374,10 @@ class Recorder:
             if self.pulls > position:
                 pending.append(payload)
             else:
-                self._issued.popleft()
+                self.consumed()
         if state["exhausted"]:
             self.exhausted = next(self._iterator, None) is None
-        self._rolling = state["rolling"]
+        self._issued.rolling = state["rolling"]
         return pending
 
     def _turn(self, action: Callable[[], Any]) -> Any:
@@ -382,10 +389,10 @@ class Recorder:
 
     def _count(self, payload: Any) -> None:
         self.pulls += 1
-        data = self._digest(payload)
-        self._rolling = _core.digest_bytes(self._rolling, data)
-        self._last = _core.digest_bytes(data)
-        self._issued.append((self._last, payload if self._stateful is not None else None))
+        if self._digest is not indices_bytes or not self._issued.note(payload):
+            self._issued.note_bytes(self._digest(payload))
+        if self._stateful is not None:
+            self._pending.append(payload)
 
     def _event(self, action: Callable[[], Any]) -> Any:
         """Run one turn of the sampler and record what turning it again would miss."""

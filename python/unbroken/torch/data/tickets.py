@@ -26,8 +26,8 @@ class WorkerState(NamedTuple):
             self.python if later.python is None else later.python,
             self.numpy if later.numpy is None else later.numpy,
             self.torch if later.torch is None else later.torch,
-            {**self.generators, **later.generators},
-            {**self.values, **later.values},
+            {**self.generators, **later.generators} if later.generators else self.generators,
+            {**self.values, **later.values} if later.values else self.values,
         )
 
     def to_value(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Ticket:
-    """One turn of the index sampler, with what the worker is to do besides reading.
+    """One turn of the index sampler, with what the worker is to do besides reading, or instead.
 
     Args:
         payload: What the user's sampler gave.
@@ -119,6 +119,8 @@ class Parcel:
         self.empty = empty
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.extra is None and self.refusal is None and not self.empty:
+            return Parcel, (self.batch, self.worker, self.report)
         return Parcel, (self.batch, self.worker, self.report, self.extra, self.refusal, self.empty)
 
     def pin_memory(self) -> "Parcel":

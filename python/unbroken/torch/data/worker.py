@@ -68,7 +68,7 @@ def runtime() -> Runtime | None:
 
 
 class MapProxy:
-    """A map-style data set as torch's fetcher sees it: takes tickets, gives what the collate proxy understands."""
+    """A map-style data set as torch's fetcher in a worker sees it: takes indices, and tickets that are to be obeyed."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -84,43 +84,41 @@ class MapProxy:
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __getitems__(self, ticket: Ticket) -> Fetched:
-        if not self._obey(ticket):
-            return Fetched(None, ticket)
-        dataset, indices = self.dataset, ticket.payload
+    def __getitems__(self, indices: Any) -> Any:
+        if type(indices) is Ticket:
+            return _obey(indices)
+        dataset = self.dataset
         whole = getattr(dataset, "__getitems__", None)
-        return Fetched(whole(indices) if whole else [dataset[index] for index in indices], ticket)
+        return whole(indices) if whole else [dataset[index] for index in indices]
 
-    def __getitem__(self, ticket: Ticket) -> Fetched:
-        return Fetched(self.dataset[ticket.payload] if self._obey(ticket) else None, ticket)
+    def __getitem__(self, index: Any) -> Any:
+        return _obey(index) if type(index) is Ticket else self.dataset[index]
 
-    def _obey(self, ticket: Ticket) -> bool:
-        """Do what the ticket says besides reading; return whether to read."""
-        if ticket.install is not None:
-            assert _runtime is not None, "only a worker is told to install a state"
-            _runtime.install(ticket.install)
-            return False
-        return not ticket.skip
+
+def _obey(ticket: Ticket) -> Fetched:
+    """Do what a ticket says, which is anything but reading."""
+    if ticket.install is not None:
+        assert _runtime is not None, "only a worker is told to install a state"
+        _runtime.install(ticket.install)
+    return Fetched(None, ticket)
 
 
 class CollateProxy:
-    """The user's collate function; in a worker its result comes with the worker's report."""
+    """The user's collate function in a worker; its result comes with the worker's report."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, fetched: Fetched) -> Any:
+    def __call__(self, data: Any) -> Any:
         """Collate what the data set's stand-in gave."""
-        if _runtime is None:
-            return self.collate(fetched.data)
-        if fetched.ticket.skip or fetched.ticket.install is not None:
+        assert _runtime is not None, "this stands in for a collate function in workers only"
+        if type(data) is Fetched:
             return Parcel(None, _runtime.number, empty=True)
-        batch = self.collate(fetched.data)
-        return Parcel(batch, _runtime.number, _runtime.report())
+        return Parcel(self.collate(data), _runtime.number, _runtime.report())
 
 
 class KeyedMapProxy(MapProxy):
-    """A map-style data set whose every sample is read under generators of its own."""
+    """A map-style data set whose every sample is read under generators of its own: all it takes is tickets."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         super().__init__(dataset)
