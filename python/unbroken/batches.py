@@ -5,9 +5,11 @@ Touches: nothing by itself; each turn asks the run for its boundary and the sess
 
 from __future__ import annotations
 
+import dis
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InvalidArgument, NotExact, UnbrokenError
@@ -43,12 +45,15 @@ class Batches(Iterator[Any]):
         self._positions = positions
         self._bar: Any = None
         self._role: Literal["new", "steps", "beside", "over"] = "new"
+        self._is_turned_by_loop = False
 
     def __len__(self) -> int:
         """Batches of the whole epoch, as the loader says."""
         return len(self.loader)
 
     def __iter__(self) -> Batches:
+        if self._role == "new":
+            self._is_turned_by_loop = _is_at(sys._getframe(1), "GET_ITER")
         return self
 
     def __next__(self) -> Any:
@@ -146,6 +151,8 @@ class Batches(Iterator[Any]):
 
     def _refuse_enumerate(self) -> None:
         # enumerate() counts from 0 in each process, so code that uses the number does other things after a resume.
+        if self._is_turned_by_loop:
+            return
         # Looking for the holder walks the heap, so each place in the program is looked at once.
         frame = sys._getframe(3)
         place = (frame.f_code, frame.f_lineno)
@@ -182,6 +189,11 @@ class Batches(Iterator[Any]):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _is_at(frame: FrameType, operation: str) -> bool:
+    """Tell whether a frame is at this operation: a `for` statement asks for its iterator in another way than a call."""
+    return frame.f_lasti >= 0 and frame.f_code.co_code[frame.f_lasti] == dis.opmap.get(operation)
 
 
 class Stream(Iterator[Any]):
