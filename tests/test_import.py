@@ -300,6 +300,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a call of eval": (archive(pickle.dumps(Evil(eval, "1"), 4)), "builtins.eval"),
     "getattr": (archive(pickle.dumps(Evil(getattr, 1, "real"), 2)), "getattr"),
     "a class of the user's": (archive(pickle.dumps(Evil(pathlib.Path.cwd), 2)), "names"),
+    "a list as a key": (archive(b"\x80\x02}]Ns."), "that can change"),
+    "a list in a set": (archive(b"\x80\x04\x8f(]\x90."), "that can change"),
     "an array of objects": (archive(pickle.dumps(np.array([None]), 2)), "O8"),
     "deep nesting": (archive(nested(100_000)), "nested more than"),
     "a list that contains itself": (archive(b"\x80\x02]q\x00h\x00a."), "nested more than"),

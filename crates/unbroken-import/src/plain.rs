@@ -2,7 +2,8 @@
 //!
 //! Touches: nothing. Large numpy arrays become storages of their own.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
 
 use unbroken::Result;
 use unbroken::format::value;
@@ -142,6 +143,7 @@ impl Writer<'_> {
     fn members(&mut self, items: &[Id], depth: usize) -> Result<Vec<Value>> {
         let mut members = Vec::with_capacity(items.len());
         for item in self.all(items, depth)? {
+            let item = hashable(item)?;
             members.push((value::encode(&item)?, item));
         }
         members.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -152,16 +154,17 @@ impl Writer<'_> {
     /// A dict's entries; of equal keys the last value counts, at the first one's place.
     fn dict(&mut self, items: &[(Id, Id)], depth: usize) -> Result<Value> {
         let mut entries: Vec<(Value, Value)> = Vec::with_capacity(items.len());
-        let mut known = HashSet::with_capacity(items.len());
+        let mut places: HashMap<Vec<u8>, usize> = HashMap::with_capacity(items.len());
         for (key, item) in items {
-            let key = self.write(*key, depth + 1)?;
+            let key = hashable(self.write(*key, depth + 1)?)?;
             let item = self.write(*item, depth + 1)?;
-            if known.insert(value::encode(&key)?) {
-                entries.push((key, item));
-                continue;
+            match places.entry(value::encode(&key)?) {
+                Slot::Occupied(slot) => entries[*slot.get()].1 = item,
+                Slot::Vacant(slot) => {
+                    slot.insert(entries.len());
+                    entries.push((key, item));
+                }
             }
-            let earlier = entries.iter_mut().find(|(other, _)| *other == key);
-            earlier.expect("a known key has an entry").1 = item;
         }
         Ok(Value::Dict(entries))
     }
@@ -205,6 +208,27 @@ impl Writer<'_> {
             attrs: Vec::new(),
         }))
     }
+}
+
+/// Passes on what may be a key or a member of a set, which no pickle of Python's own can break.
+fn hashable(value: Value) -> Result<Value> {
+    fn is_hashable(value: &Value) -> bool {
+        match value {
+            Value::List(_) | Value::Dict(_) | Value::Set(_) => false,
+            Value::Tuple(parts) | Value::FrozenSet(parts) => parts.iter().all(is_hashable),
+            Value::Object { kind, .. } => !matches!(
+                kind.as_str(),
+                "bytearray" | "defaultdict" | "deque" | "mapping" | "namespace" | "ndarray" | "slice"
+            ),
+            _ => true,
+        }
+    }
+    if is_hashable(&value) {
+        return Ok(value);
+    }
+    Err(flawed(
+        "the pickle has a key, or a member of a set, that can change",
+    ))
 }
 
 fn object(kind: &str, name: &str, fields: Vec<(&str, Value)>) -> Value {

@@ -22,8 +22,11 @@ pub(crate) const JOURNAL: &str = "journal";
 /// first one's error and be called identical.
 pub const DIVERGED: &str = "diverged";
 
+/// How the warning of a life ends that goes on from a record that is not there.
+pub(crate) const NO_EARLIER: &str = "which no earlier segment has";
+
 /// The largest segment that is read, in bytes: a million steps of one life, and what a stranger's may cost in memory.
-const MAX_SEGMENT: u64 = 2 << 30;
+pub(crate) const MAX_SEGMENT: u64 = 2 << 30;
 
 /// What one boundary was made of, and which lives executed the step before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -164,7 +167,7 @@ fn segment_name(life: u32, part: u32) -> String {
     }
 }
 
-fn parse_segment_name(name: &str) -> Option<(u32, u32)> {
+pub(crate) fn parse_segment_name(name: &str) -> Option<(u32, u32)> {
     let stem = name.strip_suffix(".journal")?;
     let (life, part) = stem.split_once('-').unwrap_or((stem, "0"));
     let (life, part) = (life.parse().ok()?, part.parse().ok()?);
@@ -266,7 +269,7 @@ impl Journal {
         if header.previous != Digest([0; 32]) && !self.heads.contains(&header.previous) {
             let (step, previous) = (header.step, header.previous.short());
             self.warnings.push(format!(
-                "`{name}` goes on from step {step} and record {previous}, which no earlier segment has"
+                "`{name}` goes on from step {step} and record {previous}, {NO_EARLIER}"
             ));
         }
         self.lives.push(header);

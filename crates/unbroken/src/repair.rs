@@ -12,8 +12,9 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::fork;
+use crate::format::journal::{Ending, SegmentReader};
 use crate::format::manifest::{Manifest, PackEntry, StorageEntry};
-use crate::journal;
+use crate::journal::{self, JOURNAL};
 use crate::run;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Directory, Storage, already_exists, not_found};
@@ -117,7 +118,15 @@ fn open_copies(paths: &[PathBuf]) -> Result<Vec<Directory>> {
 fn examine(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Plan> {
     let mut findings = Findings::gather(directory, run_id, copies)?;
     findings.check_packs(directory, copies)?;
-    let journal = journal::read(directory, run_id, None)?;
+    let restored = findings.check_journal(directory, run_id, copies)?;
+    let mut journal = journal::read(directory, run_id, None)?;
+    if !restored.is_empty() {
+        // What a whole segment makes right is not beyond repair, nor is what hangs on it.
+        journal.warnings.retain(|warning| {
+            !restored.iter().any(|name| warning.contains(name.as_str()))
+                && !warning.contains(journal::NO_EARLIER)
+        });
+    }
     let mut plan = Plan {
         actions: std::mem::take(&mut findings.restores),
         beyond: journal.warnings,
@@ -301,6 +310,47 @@ impl Findings {
         Ok(())
     }
 
+    /// Looks for whole copies of segments that are damaged or missing, and returns the names of those that it found.
+    fn check_journal(
+        &mut self,
+        directory: &Directory,
+        run_id: &str,
+        copies: &[Directory],
+    ) -> Result<Vec<String>> {
+        let own = read_segments(directory, run_id)?;
+        let known: BTreeSet<Digest> = own
+            .values()
+            .flat_map(|segment| segment.chain.iter().copied())
+            .collect();
+        // What checkpoints and later lives name, and no readable record is.
+        let heads = self
+            .manifests
+            .iter()
+            .map(|readable| readable.manifest.journal_head);
+        let previous = own.values().filter_map(|segment| segment.previous);
+        let wanted: BTreeSet<Digest> = heads
+            .chain(previous)
+            .filter(|head| *head != Digest([0; 32]) && !known.contains(head))
+            .collect();
+        let mut restored = Vec::new();
+        for copy in copies {
+            for (name, other) in read_segments(copy, run_id)? {
+                let fits = match own.get(&name) {
+                    _ if !other.whole || restored.contains(&name) => false,
+                    Some(segment) if segment.whole => false,
+                    // Another life may have gone on from a copy: what can be read here must be there too.
+                    Some(segment) if !segment.chain.is_empty() => other.chain.starts_with(&segment.chain),
+                    _ => other.chain.iter().any(|head| wanted.contains(head)),
+                };
+                if fits {
+                    self.restore(&format!("{JOURNAL}/{name}"), copy);
+                    restored.push(name);
+                }
+            }
+        }
+        Ok(restored)
+    }
+
     /// Plans to put aside what is lost: packs before manifests, so that a pack never lies there without one that names
     /// it, which would make it a left-over.
     fn put_aside(&self, directory: &Directory, plan: &mut Plan) -> Result<()> {
@@ -357,6 +407,54 @@ impl Findings {
     fn is_all_known(&self) -> bool {
         !self.strangers && self.unreadable.is_empty()
     }
+}
+
+/// What of a journal segment can be read.
+struct Segment {
+    /// Chain hash of the header and of each whole record.
+    chain: Vec<Digest>,
+    /// Chain hash that its header goes on from.
+    previous: Option<Digest>,
+    /// Whether nothing in it is damaged; torn is whole.
+    whole: bool,
+}
+
+fn read_segments(directory: &Directory, run_id: &str) -> Result<BTreeMap<String, Segment>> {
+    let mut segments = BTreeMap::new();
+    for name in directory.list_if_there(JOURNAL)? {
+        let Some((life, _)) = journal::parse_segment_name(&name) else {
+            continue;
+        };
+        let mut segment = Segment {
+            chain: Vec::new(),
+            previous: None,
+            whole: false,
+        };
+        match directory.read_all(&format!("{JOURNAL}/{name}"), journal::MAX_SEGMENT) {
+            Ok(bytes) => read_chain(&bytes, run_id, life, &mut segment),
+            Err(error) if store::is_damage(&error) => {}
+            Err(error) => return Err(error),
+        }
+        segments.insert(name, segment);
+    }
+    Ok(segments)
+}
+
+fn read_chain(bytes: &[u8], run_id: &str, life: u32, segment: &mut Segment) {
+    let Ok(mut reader) = SegmentReader::new(bytes) else {
+        return;
+    };
+    let Some(header) = reader.header().cloned() else {
+        segment.whole = true; // Torn before it said anything.
+        return;
+    };
+    if header.run_id != run_id || header.life != life {
+        return;
+    }
+    segment.previous = Some(header.previous);
+    segment.chain.push(reader.head());
+    segment.chain.extend(reader.by_ref().map(|entry| entry.chain));
+    segment.whole = !matches!(reader.ending(), Ending::Damaged { .. });
 }
 
 /// Finds a manifest of this run in a copy.

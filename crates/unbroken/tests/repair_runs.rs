@@ -253,6 +253,60 @@ fn a_damaged_journal_is_told_and_left_as_it_is() {
 }
 
 #[test]
+fn a_whole_segment_of_a_copy_takes_the_place_of_a_damaged_or_missing_one() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let second = Run::open(&path, &Options::default()).unwrap();
+    second.begin().unwrap();
+    train(&second, 4..=5).unwrap();
+    second.close().unwrap();
+    let copy = copy_of(&path);
+    let first = path.join("journal/000001.journal");
+    let restored = |damage: &dyn Fn()| {
+        damage();
+        assert!(!plan(&path, &[]).unwrap().is_whole());
+        let done = repaired(&path, std::slice::from_ref(&copy));
+        assert_eq!(done.beyond, [] as [String; 0]);
+        let journal = run::read_journal(&path).unwrap();
+        assert_eq!((journal.warnings.len(), journal.boundaries.len()), (0, 5));
+    };
+    restored(&|| {
+        let mut bytes = fs::read(&first).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&first, bytes).unwrap();
+    });
+    restored(&|| {
+        let mut bytes = fs::read(&first).unwrap();
+        bytes[20] ^= 1;
+        fs::write(&first, bytes).unwrap();
+    });
+    restored(&|| fs::remove_file(&first).unwrap());
+    assert_eq!(resumed_step(&path), 5);
+}
+
+#[test]
+fn a_segment_of_a_copy_that_went_on_by_itself_is_not_taken() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let copy = copy_of(&path);
+    for each in [&path, &copy] {
+        let run = Run::open(each, &Options::default()).unwrap();
+        run.begin().unwrap();
+        train(&run, 4..=6).unwrap();
+        run.close().unwrap();
+    }
+    let segment = path.join("journal/000002.journal");
+    let mut bytes = fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&segment, &bytes).unwrap();
+    let done = repair(&path, &[copy]).unwrap();
+    assert!(done.actions.is_empty() && !done.is_whole(), "{done:?}");
+    assert_eq!(fs::read(&segment).unwrap(), bytes);
+}
+
+#[test]
 fn a_run_that_is_trained_is_not_repaired() {
     let place = tempfile::tempdir().unwrap();
     let path = run_in(place.path());
