@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _facts() -> dict[str, object]:
     """Return what this Python's torch, as it starts, makes the bits depend on; nothing of it where there is none."""
-    seed = {"env.PYTHONHASHSEED": "random"} if sys.flags.hash_randomization else {}
+    seed: dict[str, object] = {"env.PYTHONHASHSEED": "random"} if sys.flags.hash_randomization else {}
     try:
         from unbroken.torch import environment
     except ModuleNotFoundError as missing:
