@@ -15,7 +15,7 @@ use crate::fork;
 use crate::format::journal::{Ending, SegmentReader};
 use crate::format::manifest::{Manifest, PackEntry, StorageEntry};
 use crate::journal::{self, JOURNAL};
-use crate::run;
+use crate::run::{self, CONFIG};
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Directory, Storage, already_exists, not_found};
 use crate::store::{self, CHECKPOINTS, Checkpoint, OBJECTS, Survey, TMP};
@@ -73,8 +73,11 @@ impl Plan {
 ///
 /// `copies` are run directories that may hold whole files of this run: backups, forks.
 pub fn plan(path: &Path, copies: &[PathBuf]) -> Result<Plan> {
-    let (directory, config) = run::open_to_read(path)?;
-    examine(&directory, &config.id, &open_copies(copies)?)
+    let storage = DiskStorage::open(path).map_err(|error| Error::io("open directory", path, error))?;
+    let directory = Directory::new(Arc::new(storage));
+    let copies = open_copies(copies)?;
+    let (run_id, first) = identify(&directory, &copies)?;
+    examine(&directory, &run_id, &copies, first)
 }
 
 /// Carries out what [`plan`] says, and returns that; whether it helped, another [`plan`] tells.
@@ -94,16 +97,40 @@ pub fn repair(path: &Path, copies: &[PathBuf]) -> Result<Plan> {
 /// Repairs a run on any storage. See [`repair`].
 pub fn repair_on(storage: Arc<dyn Storage>, copies: &[PathBuf]) -> Result<Plan> {
     let directory = Directory::new(storage);
-    let config = run::require_config(&directory)?;
-    let lock = run::take_lock(&directory)?;
     let copies = open_copies(copies)?;
-    let plan = examine(&directory, &config.id, &copies)?;
+    identify(&directory, &copies)?; // A directory that is no run's stays as it is: no lock's file is made in it.
+    let lock = run::take_lock(&directory)?;
+    let (run_id, first) = identify(&directory, &copies)?;
+    let plan = examine(&directory, &run_id, &copies, first)?;
     if !plan.actions.is_empty() {
         directory.create_dir(TMP)?;
         carry_out(&directory, &copies, &plan.actions)?;
     }
     drop(lock);
     Ok(plan)
+}
+
+/// Returns the run's id; that of a copy, and what brings its `run.toml` here, where this one is damaged or gone and the
+/// checkpoints here are the copy's run's.
+fn identify(directory: &Directory, copies: &[Directory]) -> Result<(String, Option<Action>)> {
+    let error = match run::require_config(directory) {
+        Ok(config) => return Ok((config.id, None)),
+        Err(error) if store::is_damage(&error) => error,
+        Err(error) => return Err(error),
+    };
+    for copy in copies {
+        let Ok(config) = run::require_config(copy) else {
+            continue;
+        };
+        if !store::survey(directory, &config.id)?.whole.is_empty() {
+            let restore = Action::Restore {
+                name: CONFIG.to_owned(),
+                copy: copy.location().to_path_buf(),
+            };
+            return Ok((config.id, Some(restore)));
+        }
+    }
+    Err(error)
 }
 
 fn open_copies(paths: &[PathBuf]) -> Result<Vec<Directory>> {
@@ -115,7 +142,7 @@ fn open_copies(paths: &[PathBuf]) -> Result<Vec<Directory>> {
 }
 
 /// Reads everything and decides.
-fn examine(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Plan> {
+fn examine(directory: &Directory, run_id: &str, copies: &[Directory], first: Option<Action>) -> Result<Plan> {
     let mut findings = Findings::gather(directory, run_id, copies)?;
     findings.check_packs(directory, copies)?;
     let restored = findings.check_journal(directory, run_id, copies)?;
@@ -128,7 +155,10 @@ fn examine(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<
         });
     }
     let mut plan = Plan {
-        actions: std::mem::take(&mut findings.restores),
+        actions: first
+            .into_iter()
+            .chain(std::mem::take(&mut findings.restores))
+            .collect(),
         beyond: journal.warnings,
         left_alone: findings.left_alone.clone(),
         ..Plan::default()
@@ -513,21 +543,24 @@ fn restore(directory: &Directory, copy: &Directory, name: &str) -> Result<()> {
         Err(error) if not_found(&error) => {} // It was missing.
         done => done?,
     }
-    let (parent, _) = name
-        .rsplit_once('/')
-        .expect("only files in directories are restored");
-    directory.create_dir(parent)?;
+    let (parent, _) = split(name);
+    if !parent.is_empty() {
+        directory.create_dir(parent)?;
+    }
     directory.rename_new(&temporary, name)?;
     directory.sync_dir(parent)
+}
+
+/// A name's directory (`""` is the root) and its last part.
+fn split(name: &str) -> (&str, &str) {
+    name.rsplit_once('/').unwrap_or(("", name))
 }
 
 /// Moves a file to `quarantine/`, never losing it: it has its second name for good before the first one goes.
 fn set_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
     directory.create_dir(QUARANTINE)?;
     directory.sync_dir("")?;
-    let (parent, base) = name
-        .rsplit_once('/')
-        .expect("only files in directories are put aside");
+    let (parent, base) = split(name);
     let mut number = 1;
     loop {
         let place = match number {

@@ -22,7 +22,7 @@ use crate::store::{
     self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP, Tuning,
 };
 
-const CONFIG: &str = "run.toml";
+pub(crate) const CONFIG: &str = "run.toml";
 pub(crate) const LOCK: &str = "lock";
 /// How long a lock that is held is waited for. A killed process takes a moment to die, the longer the more memory it
 /// had, and the same command is often started again within that moment.

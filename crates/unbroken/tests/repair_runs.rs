@@ -286,6 +286,29 @@ fn a_whole_segment_of_a_copy_takes_the_place_of_a_damaged_or_missing_one() {
 }
 
 #[test]
+fn a_run_whose_own_description_is_gone_gets_it_from_a_copy_and_from_no_other_run() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let (copy, other) = (copy_of(&path), place.path().join("b"));
+    fork(&at(&path, 3), &other, Sharing::Links).unwrap();
+    let config = path.join("run.toml");
+    let whole = fs::read(&config).unwrap();
+    for damage in [Some(&b"format = 1"[..]), None] {
+        match damage {
+            Some(bytes) => fs::write(&config, bytes).unwrap(),
+            None => fs::remove_file(&config).unwrap(),
+        }
+        let before = files(&path);
+        assert!(repair(&path, &[]).is_err());
+        assert!(repair(&path, std::slice::from_ref(&other)).is_err());
+        assert_eq!(files(&path), before);
+        repaired(&path, &[other.clone(), copy.clone()]);
+        assert_eq!(fs::read(&config).unwrap(), whole);
+        assert_eq!(resumed_step(&path), 3);
+    }
+}
+
+#[test]
 fn a_segment_of_a_copy_that_went_on_by_itself_is_not_taken() {
     let place = tempfile::tempdir().unwrap();
     let path = run_in(place.path());

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -165,7 +166,10 @@ fn parent_of(path: &Path) -> &Path {
     parent.unwrap_or(Path::new("."))
 }
 
-/// Removes what killed processes staged under a prefix. One without a lock's file may be in the making.
+/// How long a staged directory may be without a lock's file before it counts as left: it is made within moments.
+const MAKING: Duration = Duration::from_secs(60);
+
+/// Removes what killed processes staged under a prefix.
 fn sweep_unfinished(parent: &Path, prefix: &str, lock_name: &str) -> io::Result<()> {
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
@@ -175,14 +179,37 @@ fn sweep_unfinished(parent: &Path, prefix: &str, lock_name: &str) -> io::Result<
             .strip_prefix(prefix)
             .and_then(|rest| rest.strip_suffix(UNFINISHED));
         let ours = random.is_some_and(|random| random.len() == 32 && !random.contains('.'));
-        if !ours || !entry.file_type()?.is_dir() || !entry.path().join(lock_name).exists() {
+        if !ours || !entry.file_type()?.is_dir() {
             continue;
         }
-        if let Claim::Held(_lock) = DiskStorage::open(&entry.path())?.lock(lock_name)? {
-            fs::remove_dir_all(entry.path())?;
+        let path = entry.path();
+        if path.join(lock_name).exists() {
+            if let Claim::Held(_lock) = DiskStorage::open(&path)?.lock(lock_name)? {
+                remove_lock_last(&path, lock_name)?;
+            }
+        } else if entry
+            .metadata()?
+            .modified()?
+            .elapsed()
+            .is_ok_and(|age| age > MAKING)
+        {
+            fs::remove_dir_all(&path)?;
         }
     }
     Ok(())
+}
+
+/// Removes a staged directory so that, cut short, it is still one that a lock tells to be left.
+fn remove_lock_last(path: &Path, lock_name: &str) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else if entry.file_name() != lock_name {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir_all(path)
 }
 
 fn directory_flags() -> OFlags {
