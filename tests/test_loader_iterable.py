@@ -108,6 +108,16 @@ MAKERS: dict[str, Any] = {
     "state, no batches, 3 workers": partial(
         make_loader, Stateful, num_workers=3, batch_size=None, prefetch_factor=4
     ),
+    "no state, 2 persistent workers": partial(make_loader, Lines, num_workers=2, persistent_workers=True),
+    "no state, drop last, 3 persistent workers": partial(
+        make_loader, Lines, num_workers=3, drop_last=True, persistent_workers=True, batch_size=3
+    ),
+    "state, no batches, 2 persistent workers": partial(
+        make_loader, Stateful, num_workers=2, batch_size=None, persistent_workers=True
+    ),
+    "Hugging Face stream with a shuffle buffer, 2 persistent workers": partial(
+        make_loader, shuffled_stream, num_workers=2, persistent_workers=True
+    ),
     "Hugging Face stream": partial(make_loader, plain_stream),
     "Hugging Face stream, 2 workers": partial(make_loader, plain_stream, num_workers=2),
     "Hugging Face stream with a shuffle buffer": partial(make_loader, shuffled_stream),
@@ -119,22 +129,29 @@ MAKERS: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes.*:UserWarning")
 
 
+def epochs_of(name: str) -> int:
+    """Return how many epochs show what a loader carries from one to the next."""
+    return 3 if "persistent" in name else 2
+
+
 @cache
 def uninterrupted(name: str) -> Trace:
-    return wrapped(MAKERS[name], 2)
+    return wrapped(MAKERS[name], epochs_of(name))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_killed_at_any_boundary_the_rest_is_the_same(name):
-    check_exact(MAKERS[name], uninterrupted(name), epochs=2)
+    check_exact(MAKERS[name], uninterrupted(name), epochs=epochs_of(name))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_adopting_a_session_changes_no_number(name):
-    check_same_as_plain(MAKERS[name], uninterrupted(name), epochs=2)
+    check_same_as_plain(MAKERS[name], uninterrupted(name), epochs=epochs_of(name))
 
 
-@pytest.mark.parametrize("name", ["no state", "state, 3 workers of unequal length"])
+@pytest.mark.parametrize(
+    "name", ["no state", "state, 3 workers of unequal length", "no state, 2 persistent workers"]
+)
 def test_a_break_in_mid_epoch_is_part_of_the_run(name):
     breaks = {0: 2}
     trace = wrapped(MAKERS[name], 2, breaks)
@@ -147,13 +164,6 @@ def test_a_state_is_used_only_where_it_is_exact():
     assert way_of(Stateful()) == "state"
     assert way_of(plain_stream()) == "state"
     assert way_of(shuffled_stream()) == "replay"
-
-
-def test_persistent_workers_are_refused_by_name():
-    with pytest.raises(NotExact, match="persistent workers"):
-        Session(
-            make_loader(Lines, num_workers=1, persistent_workers=True), name="loader", mode="native", seed=0
-        )
 
 
 def test_keyed_mode_is_refused_by_name():

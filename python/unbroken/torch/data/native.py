@@ -19,7 +19,7 @@ from unbroken.errors import MismatchError
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned
 from unbroken.torch.data.sampler import Recorder
-from unbroken.torch.data.shadow import IndexStream, Shadow, as_it_is, first
+from unbroken.torch.data.shadow import IndexStream, Preserved, Shadow, as_it_is, first
 from unbroken.torch.data.tickets import Parcel, Ticket, WorkerState
 from unbroken.torch.data.worker import CollateProxy, InitProxy, MapProxy
 
@@ -224,19 +224,5 @@ class NativeMap:
         if state["generator"] is not None and self._loader.generator is not None:
             rng.restore_generator(self._loader.generator, state["generator"])
 
-    def _private_preserved(self) -> "_Preserved":
-        return _Preserved(self._loader.generator)
-
-
-class _Preserved:
-    """Puts one generator object back, if there is one."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        self._generator = generator
-
-    def __enter__(self) -> None:
-        self._state = None if self._generator is None else rng.capture_generator(self._generator)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._state is not None:
-            rng.restore_generator(self._generator, self._state)
+    def _private_preserved(self) -> Preserved:
+        return Preserved(self._loader.generator)

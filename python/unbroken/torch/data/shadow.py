@@ -7,7 +7,10 @@ import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader
+
+from unbroken.torch import rng
 
 
 class Turned(Protocol):
@@ -102,3 +105,17 @@ def as_it_is(collate: Any) -> Any:
 def first(init: Any, collate: Any) -> Any:
     """Stand in for a worker_init_fn by itself."""
     return init
+
+
+class Preserved:
+    """Puts one generator object back, if there is one."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._generator = generator
+
+    def __enter__(self) -> None:
+        self._state = None if self._generator is None else rng.capture_generator(self._generator)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._state is not None:
+            rng.restore_generator(self._generator, self._state)

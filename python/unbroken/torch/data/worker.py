@@ -9,7 +9,7 @@ a worker_init_fn. They hold the user's own, and are pickled under spawn and fork
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -27,6 +27,7 @@ class Runtime:
     def __init__(self, number: int, dataset: Any, collate: Any, *, hooks: bool = True) -> None:
         self.number = number
         self.ended = False
+        self.told = False  # Whether the end of an iterable data set's share has been reported.
         self.owned = Owned({"dataset": dataset, "collate": collate}, hooks=hooks)
         self._last = rng.Globals(b"", None, b"")
         self._generators: dict[str, bytes] = {}
@@ -205,9 +206,23 @@ class InitProxy:
         _runtime = Runtime(number, dataset, self.collate.collate, hooks=hooks)
 
 
-# Iterable data sets with a state of their own.
+# Iterable data sets: with a state of their own, or in workers that outlive an epoch.
 
 _NOTHING = "unbroken: read nothing"
+
+
+class Start(NamedTuple):
+    """What a worker over an iterable data set begins with.
+
+    Args:
+        state: Its generators and what its data set owns; None leaves them as they are.
+        place: Where the data set is by its own words. Without one it is iterated over from its beginning.
+        is_over: Its share of this epoch has been read.
+    """
+
+    state: WorkerState | None
+    place: Place | None
+    is_over: bool
 
 
 class IterableProxy(IterableDataset[Any]):
@@ -215,17 +230,24 @@ class IterableProxy(IterableDataset[Any]):
 
     Args:
         dataset: The user's.
-        starts: Each worker's recorded state and its data set's place; None for one that begins afresh.
-        turn: The first workers, as many as this, answer their first ticket with nothing, so that the first batch
-            comes from the worker whose turn it is.
+        tells_end: Report once more when a share ends: a worker that outlives the epoch goes on from there.
     """
 
-    def __init__(
-        self, dataset: Any, starts: list[tuple[WorkerState, Place] | None] | None = None, turn: int = 0
-    ) -> None:
+    def __init__(self, dataset: Any, *, tells_end: bool) -> None:
         self.dataset = dataset
-        self.starts = starts
-        self.turn = turn
+        self.tells_end = tells_end
+        self.starts: list[Start | None] | None = None
+        self.turn = 0
+
+    def begin(self, starts: list[Start | None] | None, *, turn: int = 0) -> None:
+        """Set what the next workers that are made begin with; None for one that begins afresh.
+
+        Args:
+            starts: One for each worker.
+            turn: The first workers, as many as this, answer their first ticket with nothing, so that the first batch
+                comes from the worker whose turn it is.
+        """
+        self.starts, self.turn = starts, turn
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":
@@ -234,40 +256,54 @@ class IterableProxy(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         assert _runtime is not None, "this stands in for a data set in workers only"
-        start = None if self.starts is None else self.starts[_runtime.number]
+        # Each holds for the first epoch of a worker: this copy is the worker's own.
+        starts, self.starts = self.starts, None
+        turn, self.turn = self.turn, 0
+        start = None if starts is None else starts[_runtime.number]
+        nothing_first = _runtime.number < turn
+        _runtime.ended = _runtime.told = False
         if start is None:
-            return _Reader(iter(self.dataset), _runtime.number < self.turn, None)
-        state, place = start
-        load_hook(self.dataset, place.hook, "dataset")
-        iterator = iter(()) if place.ended else iter(self.dataset)
-        return _Reader(iterator, _runtime.number < self.turn, state)
+            return _Reader(iter(self.dataset), nothing_first, None, self.tells_end)
+        if start.place is not None:
+            load_hook(self.dataset, start.place.hook, "dataset")
+        elif start.state is not None:
+            # Iterating from the beginning is what drew next.
+            _runtime.install(start.state)
+            start = start._replace(state=None)
+        iterator = iter(()) if start.is_over else iter(self.dataset)
+        return _Reader(iterator, nothing_first, start.state, self.tells_end)
 
 
 class _Reader:
-    """Reads the user's iterator, after what has to come before."""
+    """Reads the user's iterator, after what has to come before; then, if that is told, the end."""
 
-    def __init__(self, iterator: Iterator[Any], nothing_first: bool, state: WorkerState | None) -> None:
+    def __init__(
+        self, iterator: Iterator[Any], nothing_first: bool, state: WorkerState | None, tells_end: bool
+    ) -> None:
         self._iterator = iterator
         self._nothing_first = nothing_first
         self._state = state
+        self._tells_end = tells_end
 
     def __iter__(self) -> "_Reader":
         return self
 
     def __next__(self) -> Any:
+        assert _runtime is not None, "this reads in workers only"
         if self._nothing_first:
             self._nothing_first = False
             return _NOTHING
         if self._state is not None:
-            assert _runtime is not None, "only a worker has a recorded state"
             _runtime.install(self._state)
             self._state = None
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            assert _runtime is not None, "this reads in workers only"
-            _runtime.ended = True
-            raise
+        if not _runtime.ended:
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                _runtime.ended = True
+        if self._tells_end and not _runtime.told:
+            return _NOTHING
+        raise StopIteration
 
 
 class EndNoter(IterableDataset[Any]):
@@ -289,17 +325,38 @@ class EndNoter(IterableDataset[Any]):
 
 
 class IterableCollateProxy(CollateProxy):
-    """The user's collate function; its result comes with the worker's report and the data set's state."""
+    """The user's collate function; its result comes with the worker's report and the data set's state.
 
-    def __init__(self, collate: Callable[[Any], Any], dataset: Any) -> None:
+    Args:
+        collate: The user's.
+        dataset: The user's, if it is to say where it is.
+        drop_last: Leave out an incomplete last batch.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], dataset: Any | None, *, drop_last: bool) -> None:
         super().__init__(collate)
         self.dataset = dataset
+        self.drop_last = drop_last
 
     def __call__(self, data: Any) -> Any:
         """Collate what the data set gave, unless it was told to give nothing."""
         assert _runtime is not None, "this stands in for a collate function in workers only"
-        if data is _NOTHING or (type(data) is list and len(data) == 1 and data[0] is _NOTHING):
-            return Parcel(None, _runtime.number, empty=True)
+        if data is _NOTHING:
+            return self._nothing()
+        if type(data) is list and data and data[-1] is _NOTHING:
+            data = [item for item in data if item is not _NOTHING]
+            if not data or self.drop_last:
+                return self._nothing()
+            _runtime.told = True
         batch = self.collate(data)
-        place = Place(encode_hook(self.dataset, "dataset"), _runtime.ended)
+        place = None
+        if self.dataset is not None:
+            place = Place(encode_hook(self.dataset, "dataset"), _runtime.ended)
         return Parcel(batch, _runtime.number, _runtime.report(), place)
+
+    def _nothing(self) -> Parcel:
+        assert _runtime is not None, "this stands in for a collate function in workers only"
+        if not _runtime.ended:
+            return Parcel(None, _runtime.number, empty=True)
+        _runtime.told = True
+        return Parcel(None, _runtime.number, _runtime.report(), empty=True)
