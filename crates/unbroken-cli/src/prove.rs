@@ -21,7 +21,7 @@ use unbroken::localise::change_words;
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::words::{count, line, table};
 use judge::{Difference, Recorded, boundary_words};
-use life::{End, Life, Program, Written, last_words};
+use life::{End, Interrupt, Life, Program, Written, last_words};
 use plan::{Course, Stop, Trial};
 
 #[derive(Debug, Args)]
@@ -83,6 +83,8 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
             own_journal: false,
             journal_bytes: 0,
             step: Duration::ZERO,
+            interrupt: Interrupt::watch()
+                .map_err(|error| io_failure("watch signals for", &directory, &error))?,
         },
         directory: directory.clone(),
         jobs: command

@@ -15,7 +15,7 @@ use unbroken::store::Checkpoint;
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::prove::judge::{self, Recorded};
-use crate::prove::life::{End, Program, last_words};
+use crate::prove::life::{End, Interrupt, Program, last_words};
 use crate::prove::{difference_json, difference_lines, io_failure, make_directory};
 use crate::words::value;
 
@@ -65,6 +65,7 @@ pub(crate) fn run(command: &Replay, streams: &mut Streams) -> Answer {
         timeout: None,
         journal_bytes: 0,
         step: Duration::ZERO,
+        interrupt: Interrupt::watch().map_err(|error| io_failure("watch signals for", &directory, &error))?,
     };
     let life = program
         .live(&directory.join("replay"), 1, None, "")

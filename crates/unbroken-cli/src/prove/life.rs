@@ -1,13 +1,23 @@
 //! Lives of the program that is put to the proof: started, stopped from outside or by themselves, waited for.
 //!
-//! Touches: child processes that it starts itself, the trial's directory, one log file a life.
+//! Touches: child processes that it starts itself, the trial's directory, one log file a life; while an [`Interrupt`]
+//! is alive, the handlers of SIGINT, SIGTERM and SIGHUP.
+//!
+//! Each life is a process group of its own, so that a kill reaches the training through whatever starts it: a shell
+//! script, `cargo run`, a launcher. A terminal's signals no longer reach it by themselves for the same reason.
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::{SigId, flag, low_level};
 
 use crate::prove::plan::Stop;
 
@@ -40,6 +50,44 @@ pub(crate) struct Program {
     pub(crate) journal_bytes: u64,
     /// How long one of its steps took, on average.
     pub(crate) step: Duration,
+    pub(crate) interrupt: Interrupt,
+}
+
+/// Whether a person or a system wants this program itself to end: its lives end with it.
+#[derive(Clone, Debug)]
+pub(crate) struct Interrupt(Arc<Watched>);
+
+#[derive(Debug)]
+struct Watched {
+    came: Arc<AtomicBool>,
+    handlers: Vec<SigId>,
+}
+
+impl Interrupt {
+    /// From here on, and as long as a copy lives, the signals raise a flag.
+    pub(crate) fn watch() -> io::Result<Interrupt> {
+        let came = Arc::new(AtomicBool::new(false));
+        let mut watched = Watched {
+            came: Arc::clone(&came),
+            handlers: Vec::new(),
+        };
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            watched.handlers.push(flag::register(signal, Arc::clone(&came))?);
+        }
+        Ok(Interrupt(Arc::new(watched)))
+    }
+
+    fn came(&self) -> bool {
+        self.0.came.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.handlers.iter().for_each(|handler| {
+            low_level::unregister(*handler);
+        });
+    }
 }
 
 /// One life: how it ended, and how long it trained.
@@ -80,6 +128,16 @@ impl Written {
 
 /// Exit code of a run that stopped because it was asked to, unless the program chose another.
 const REQUEUE: i32 = 75;
+/// What a shell ends with when the program it waited for was killed.
+const KILLED_IN_A_SHELL: i32 = 128 + 9;
+
+/// Kills a life: everything in its process group.
+fn kill(child: &Child) {
+    // It fails where all of them have ended, and then there is nothing to do.
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+}
 
 impl Program {
     /// Runs one life in a trial's directory to its end.
@@ -97,6 +155,7 @@ impl Program {
         let mut command = Command::new(&self.command[0]);
         command
             .args(&self.command[1..])
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
@@ -147,7 +206,7 @@ impl Program {
                 let kills = matches!(stop, Some(Stop::KillAt { .. } | Stop::KillAfter { .. }));
                 let end = match (status.code(), status.signal()) {
                     (Some(0), _) => End::Finished,
-                    (_, Some(9)) if kills => End::Killed,
+                    (Some(KILLED_IN_A_SHELL), _) | (_, Some(9)) if kills => End::Killed,
                     (Some(code), _) if matches!(stop, Some(Stop::TermAt { .. })) => End::Stopped(code),
                     (Some(REQUEUE), _) if self.steps.is_some() => End::Stopped(REQUEUE),
                     (Some(code), _) => End::Failed(format!("exit code {code}")),
@@ -165,10 +224,15 @@ impl Program {
                 kill_at = Some(Instant::now() + self.step.mul_f64(*jitter));
             }
             if kill_at.is_some_and(|instant| Instant::now() >= instant) {
-                child.kill()?;
+                kill(&child);
+            }
+            if self.interrupt.came() {
+                kill(&child);
+                child.wait()?;
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "asked to end"));
             }
             if self.timeout.is_some_and(|timeout| started.elapsed() > timeout) {
-                child.kill()?;
+                kill(&child);
                 child.wait()?;
                 return Ok(Life {
                     end: End::TimedOut,

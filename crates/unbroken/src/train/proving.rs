@@ -28,6 +28,8 @@ pub(super) struct Instructions {
     save: BTreeSet<String>,
     /// Seed of runs that name none, so that several runs of one program can be compared.
     pub seed: Option<u64>,
+    /// Whether the journal's level is the program's own: a replay is compared with what the program recorded.
+    pub own_journal: bool,
 }
 
 impl Instructions {
@@ -73,6 +75,7 @@ impl Instructions {
                 .map(str::to_owned)
                 .collect(),
             seed: number("UNBROKEN_PROVE_SEED")?,
+            own_journal: text("UNBROKEN_PROVE_JOURNAL") == "own",
         })
     }
 
