@@ -1,7 +1,10 @@
 """Runs that released versions wrote still open."""
 
+import json
+import runpy
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -26,3 +29,11 @@ def test_a_journal_of_version_1_opens() -> None:
     boundaries = read_journal(FIXTURES / "torch-net" / "run")
     assert [(b["step"], b["phase"]) for b in boundaries] == [(1, 0), (2, 0), (3, 0), (3, 1)]
     assert list(boundaries[0]["components"])[:2] == ["data/indices", "data/batch"]
+
+
+@pytest.mark.filterwarnings("ignore:.*worker processes.*:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_keyed_mode_gives_the_order_and_the_keys_of_version_1(workers: int) -> None:
+    # A test of the Rust loader reads the same file.
+    record = runpy.run_path(str(FIXTURES / "keyed" / "make.py"))["record"]
+    assert record(workers) == json.loads((FIXTURES / "keyed" / "keyed.json").read_text())

@@ -126,7 +126,8 @@ impl Stateful for AdamW {
                 .iter()
                 .try_for_each(|p| write(&p.name, p.value.as_tensor(), out))
         })?;
-        out.costly("optimizer", |out| {
+        let numbers: usize = parameters.iter().map(|p| p.first.elem_count()).sum();
+        out.costly("optimizer", 2 * 4 * numbers as u64, |out| {
             parameters.iter().try_for_each(|p| {
                 write(&format!("{}.first", p.name), &p.first, out)?;
                 write(&format!("{}.second", p.name), &p.second, out)

@@ -54,7 +54,7 @@ impl Stateful for Model {
     fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
         out.tensor("weights", &[8], &self.weights)?;
         let momentum = &self.momentum;
-        out.costly("optimizer", |out| out.tensor("momentum", &[8], momentum))?;
+        out.costly("optimizer", 32, |out| out.tensor("momentum", &[8], momentum))?;
         out.value("count", self.count)
     }
 
@@ -360,4 +360,83 @@ fn the_full_journal_names_a_part_that_the_sample_has_not_reached_yet() {
     };
     let difference = unbroken::journal::first_difference(&run("a", false), &run("b", true)).unwrap();
     assert_eq!(difference.0, "state/optimizer");
+}
+
+/// Each epoch is left after five of its seven steps, which is decided before a step is asked for.
+#[test]
+fn an_epoch_that_is_left_early_is_left_at_the_same_step_after_any_cut() {
+    let short = |options: Options, hidden: &Hidden, until: u64| -> Result<()> {
+        let (mut model, mut loader) = (Model::new(), loader());
+        let mut training = options.start(&mut model)?;
+        while training.next_epoch(&mut model)?.is_some() {
+            while training.position() < 5 {
+                let Some(mut step) = training.next_step(&mut loader)? else {
+                    break;
+                };
+                let loss = model.train(&step.take(), hidden.draw());
+                step.log("loss", loss);
+                step.commit(&mut model)?;
+                if training.step() == until {
+                    return Ok(());
+                }
+            }
+            training.leave_epoch()?;
+            training.log("after", hidden.draw());
+        }
+        Ok(())
+    };
+    let home = tempfile::tempdir().unwrap();
+    let reference = home.path().join("reference");
+    let hidden = Hidden::default();
+    short(options(&reference, &hidden), &hidden, u64::MAX).unwrap();
+    let expected = records(&reference);
+    assert_eq!(expected.len(), 15 + 3);
+    assert_eq!(expected[4].position, 5);
+    assert_eq!(
+        (expected[5].epoch, expected[5].position, expected[5].phase),
+        (1, 0, 1)
+    );
+    // Checkpoints come every 5 steps: also right after the last step before an epoch is left.
+    for until in [3, 5, 7, 10, 14, 15] {
+        let path = home.path().join(format!("cut-{until}"));
+        for life in [until, u64::MAX] {
+            let hidden = Hidden::default();
+            hidden.0.set(until + 1);
+            let policy = Policy::every_steps(5).not_at_epoch_ends();
+            short(options(&path, &hidden).policy(policy), &hidden, life).unwrap();
+        }
+        assert_eq!(records(&path), expected, "cut after step {until}");
+    }
+}
+
+/// The program stops early in its second epoch's after-work. A kill strikes before the completion is saved: what is the
+/// newest checkpoint then must not be one from which the next life trains on.
+#[test]
+fn a_run_that_was_stopped_early_stops_there_again_after_a_kill() {
+    let early = |path: &Path| -> Result<Training> {
+        let (mut model, mut loader) = (Model::new(), loader());
+        let options = plain_options(path).policy(Policy::every_steps(4));
+        let mut training = options.start(&mut model)?;
+        while let Some(epoch) = training.next_epoch(&mut model)? {
+            while let Some(mut step) = training.next_step(&mut loader)? {
+                model.train(&step.take(), 0.0);
+                step.commit(&mut model)?;
+            }
+            if epoch == 1 {
+                training.finish(&mut model)?;
+            }
+        }
+        Ok(training)
+    };
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("run");
+    assert!(early(&path).unwrap().is_finished());
+    let expected = records(&path);
+    let finished = unbroken::run::read_checkpoint(&path).unwrap().info().path.clone();
+    assert_eq!(unbroken::run::read_checkpoint(&path).unwrap().info().phase, 2);
+    std::fs::remove_file(finished).unwrap();
+    let training = early(&path).unwrap();
+    assert!(training.is_finished());
+    assert_eq!(training.step(), 14);
+    assert_eq!(records(&path), expected);
 }

@@ -5,6 +5,7 @@
 //! the step's window covers.
 
 use std::cell::{OnceCell, RefCell};
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -204,24 +205,43 @@ pub(super) enum Wanted {
 /// Bytes of each part that a sampled step digests: steps in sequence cover all of it.
 const WINDOW: u64 = 64 << 10;
 
-/// How many steps a costly part is digested once, in a sampled journal.
+/// How many steps pass until everything that is no tensor's bytes is digested again, in a sampled journal.
+const PLAIN_TURN: u64 = 16;
+
+/// How many steps at least pass until a costly part is digested again, in a sampled journal.
 const COSTLY_TURN: u64 = 16;
 
 /// Takes down a program's state.
 pub struct StateWriter<'a> {
     wanted: Wanted,
     /// Scopes that are open, innermost last; the first is the root.
-    scopes: Vec<Vec<(Value, Value)>>,
+    scopes: Vec<Scope>,
     storages: Vec<Lazy<'a>>,
-    /// First storage of each part of the root, in order.
-    parts: Vec<(String, usize)>,
+    /// Parts of the root, in order.
+    parts: Vec<Part>,
+}
+
+/// Values under names, none twice.
+#[derive(Default)]
+struct Scope {
+    items: Vec<(Value, Value)>,
+    names: HashSet<String>,
+}
+
+/// What a journal digests by itself.
+struct Part {
+    name: String,
+    /// Its first storage.
+    first: usize,
+    /// Whether reading some of it costs as much as reading all of it.
+    costly: bool,
 }
 
 impl<'a> StateWriter<'a> {
     pub(super) fn new(wanted: Wanted) -> StateWriter<'a> {
         StateWriter {
             wanted,
-            scopes: vec![Vec::new()],
+            scopes: vec![Scope::default()],
             storages: Vec::new(),
             parts: Vec::new(),
         }
@@ -230,15 +250,17 @@ impl<'a> StateWriter<'a> {
     fn insert(&mut self, name: &str, value: Value) -> Result<()> {
         let root = self.scopes.len() == 1;
         let scope = self.scopes.last_mut().expect("the root scope is always open");
-        if scope
-            .iter()
-            .any(|(key, _)| matches!(key, Value::Str(key) if key == name))
-        {
+        if !scope.names.insert(name.to_owned()) {
             return Err(Error::invalid(format!("the state has two parts named `{name}`")));
         }
-        scope.push((Value::Str(name.to_owned()), value));
-        if root && matches!(scope.last(), Some((_, Value::Tensor(_)))) {
-            self.parts.push((name.to_owned(), self.storages.len() - 1));
+        let is_tensor = matches!(value, Value::Tensor(_));
+        scope.items.push((Value::Str(name.to_owned()), value));
+        if root && is_tensor {
+            self.parts.push(Part {
+                name: name.to_owned(),
+                first: self.storages.len() - 1,
+                costly: false,
+            });
         }
         Ok(())
     }
@@ -359,14 +381,27 @@ impl<'a> StateWriter<'a> {
         name: &str,
         write: impl FnOnce(&mut StateWriter<'a>) -> Result<()>,
     ) -> Result<()> {
+        self.scope_of(name, false, write)
+    }
+
+    fn scope_of(
+        &mut self,
+        name: &str,
+        costly: bool,
+        write: impl FnOnce(&mut StateWriter<'a>) -> Result<()>,
+    ) -> Result<()> {
         let first = self.storages.len();
-        self.scopes.push(Vec::new());
+        self.scopes.push(Scope::default());
         let written = write(self);
         let inside = self.scopes.pop().expect("the scope that was pushed");
         written?;
-        self.insert(name, Value::Dict(inside))?;
+        self.insert(name, Value::Dict(inside.items))?;
         if self.scopes.len() == 1 {
-            self.parts.push((name.to_owned(), first));
+            self.parts.push(Part {
+                name: name.to_owned(),
+                first,
+                costly,
+            });
         }
         Ok(())
     }
@@ -380,8 +415,11 @@ impl<'a> StateWriter<'a> {
         self.scope(name, |out| part.state(out))
     }
 
-    /// Like [`StateWriter::scope`], for state that is expensive to read: a sampled journal asks for it only once in
-    /// 16 steps. Checkpoints have it always.
+    /// Like [`StateWriter::scope`], for state of which some costs as much to read as all of it, about `bytes`: a sampled
+    /// journal asks for it so seldom that it reads no more of it in a step than of other parts, on average, and at most
+    /// once in 16 steps. Checkpoints have it always.
+    ///
+    /// `bytes` may be estimated, as a function of the state alone.
     ///
     /// # Errors
     ///
@@ -389,41 +427,49 @@ impl<'a> StateWriter<'a> {
     pub fn costly(
         &mut self,
         name: &str,
+        bytes: u64,
         write: impl FnOnce(&mut StateWriter<'a>) -> Result<()>,
     ) -> Result<()> {
         match self.wanted {
-            Wanted::Windows(step) if !step.is_multiple_of(COSTLY_TURN) => Ok(()),
-            _ => self.scope(name, write),
+            Wanted::Windows(step) if !step.is_multiple_of(COSTLY_TURN.max(bytes / WINDOW)) => Ok(()),
+            _ => self.scope_of(name, true, write),
         }
     }
 
     /// The tree and the storages.
     pub(super) fn finish(&mut self) -> Result<(Value, Vec<&[u8]>)> {
-        let tree = Value::Dict(std::mem::take(&mut self.scopes[0]));
+        let tree = Value::Dict(std::mem::take(&mut self.scopes[0].items));
         let storages = self.storages.iter().map(Lazy::get).collect::<Result<_>>()?;
         Ok((tree, storages))
     }
 
-    /// Digests of the state, part by part, and one of everything that is no tensor's bytes.
+    /// Digests of the state, part by part, and one of everything that is no tensor's bytes when its turn has come.
     pub(super) fn digests(&mut self) -> Result<Vec<(String, Fingerprint)>> {
         let mut digests = Vec::with_capacity(self.parts.len() + 1);
-        for (place, (name, first)) in self.parts.iter().enumerate() {
-            let end = self
-                .parts
-                .get(place + 1)
-                .map_or(self.storages.len(), |(_, next)| *next);
-            digests.push((format!("state/{name}"), self.digest(&self.storages[*first..end])?));
+        for (place, part) in self.parts.iter().enumerate() {
+            let next = self.parts.get(place + 1);
+            let end = next.map_or(self.storages.len(), |next| next.first);
+            let storages = &self.storages[part.first..end];
+            digests.push((
+                format!("state/{}", part.name),
+                self.digest(storages, part.costly)?,
+            ));
         }
-        let tree = Value::Dict(std::mem::take(&mut self.scopes[0]));
-        let bytes = value::encode(&tree)?;
-        digests.push(("state/plain".to_owned(), Fingerprint::of(&bytes)));
+        if !matches!(self.wanted, Wanted::Windows(step) if !step.is_multiple_of(PLAIN_TURN)) {
+            let tree = Value::Dict(std::mem::take(&mut self.scopes[0].items));
+            let bytes = value::encode(&tree)?;
+            digests.push(("state/plain".to_owned(), Fingerprint::of(&bytes)));
+        }
         Ok(digests)
     }
 
-    fn digest(&self, storages: &[Lazy<'a>]) -> Result<Fingerprint> {
-        let Wanted::Windows(step) = self.wanted else {
-            let regions: Vec<&[u8]> = storages.iter().map(Lazy::get).collect::<Result<_>>()?;
-            return Ok(Fingerprint::of_regions(&regions));
+    fn digest(&self, storages: &[Lazy<'a>], whole: bool) -> Result<Fingerprint> {
+        let step = match self.wanted {
+            Wanted::Windows(step) if !whole => step,
+            _ => {
+                let regions: Vec<&[u8]> = storages.iter().map(Lazy::get).collect::<Result<_>>()?;
+                return Ok(Fingerprint::of_regions(&regions));
+            }
         };
         let total: u64 = storages.iter().map(|storage| storage.length as u64).sum();
         let length = WINDOW.min(total);
@@ -753,19 +799,42 @@ mod tests {
     }
 
     #[test]
-    fn costly_parts_are_in_every_checkpoint_and_in_one_step_of_sixteen() {
-        for (wanted, there) in [
-            (Wanted::All, true),
-            (Wanted::Windows(32), true),
-            (Wanted::Windows(33), false),
+    fn costly_parts_are_in_every_checkpoint_and_in_the_journal_as_seldom_as_their_size_asks() {
+        let megabyte = 1 << 20;
+        for (wanted, bytes, there) in [
+            (Wanted::All, megabyte, true),
+            (Wanted::Windows(32), 0, true),
+            (Wanted::Windows(33), 0, false),
+            (Wanted::Windows(32), 4 * megabyte, false),
+            (Wanted::Windows(64), 4 * megabyte, true),
         ] {
             let mut out = StateWriter::new(wanted);
-            out.costly("optimizer", |out| out.value("time", 3i64)).unwrap();
+            out.costly("optimizer", bytes, |out| out.value("time", 3i64))
+                .unwrap();
             assert_eq!(
                 out.finish().unwrap().0.get("optimizer").is_some(),
                 there,
-                "{wanted:?}"
+                "{wanted:?}, {bytes} bytes"
             );
+        }
+    }
+
+    #[test]
+    fn a_costly_part_is_digested_whole_when_its_turn_comes() {
+        let digests = |numbers: &[u8]| {
+            let mut out = StateWriter::new(Wanted::Windows(16));
+            out.costly("optimizer", 0, |out| {
+                out.tensor("m", &[numbers.len() as u64], numbers)
+            })
+            .unwrap();
+            out.digests().unwrap()
+        };
+        let mut numbers = vec![0; 300_000];
+        let before = digests(&numbers);
+        for place in [0, 150_000, 299_999] {
+            numbers[place] = 1;
+            assert_ne!(digests(&numbers)[0], before[0], "byte {place}");
+            numbers[place] = 0;
         }
     }
 

@@ -184,7 +184,9 @@ impl Options {
         let proof = Instructions::read(|name| std::env::var(name).ok())?;
         if proof.directory.is_some() {
             // What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
-            self.level = Level::Full;
+            if !proof.own_journal {
+                self.level = Level::Full;
+            }
             self.keep = Retention::default();
             self.go_on_after_divergence = true;
             self.seed = self.seed.or(proof.seed);
@@ -271,6 +273,8 @@ pub struct Training {
     options: Options,
     place: Place,
     now: Now,
+    /// Whether the run is being completed before its planned end.
+    finishing: bool,
     /// Whether the current epoch was begun by an earlier life and is to be handed out again.
     resumed_in_epoch: bool,
     log: Vec<(String, Component)>,
@@ -307,6 +311,7 @@ impl Training {
             run,
             place: Place::default(),
             now: Now::BetweenEpochs,
+            finishing: false,
             resumed_in_epoch: false,
             log: Vec::new(),
             metrics: BTreeMap::new(),
@@ -630,6 +635,9 @@ impl Training {
 
     /// Leaves the steps of this epoch that are left out.
     ///
+    /// To be decided before [`Training::next_step`] from what comes back on a resume, such as [`Training::position`]: what
+    /// is decided after a step's commit is not decided again by a life that goes on from there.
+    ///
     /// # Errors
     ///
     /// [`Error::Invalid`] where a step is handed out and not committed.
@@ -694,6 +702,10 @@ impl Training {
         } else {
             self.proof.reached("epoch", epoch - 1);
         }
+        if self.finishing {
+            // A checkpoint from which a resume would train on must not be the newest for a moment.
+            return Ok(());
+        }
         let proven = in_epoch && self.proof.steps.is_some_and(|steps| step >= steps);
         let reason = self.stop.reason().or(proven.then_some("the last step to prove"));
         if reason.is_some() || self.is_due(phase) {
@@ -751,12 +763,15 @@ impl Training {
 
     /// Completes the run here, before its planned end: early stopping. Starting it again trains nothing.
     ///
+    /// To be decided when an epoch's steps are done: a life that is killed before the completion is saved decides again.
+    ///
     /// # Errors
     ///
     /// [`Error::Invalid`] where a step is handed out and not committed; those of [`Training::next_epoch`].
     pub fn finish(&mut self, state: &mut dyn Stateful) -> Result<()> {
         self.leave_epoch_if_open()?;
         if self.now == Now::AfterSteps {
+            self.finishing = true;
             self.end_epoch(state)?;
         }
         if self.place.finished {
@@ -887,7 +902,7 @@ fn of_fingerprint(fingerprint: Fingerprint) -> Component {
 
 fn indices_digest(indices: &[u64]) -> Component {
     let bytes: Vec<u8> = indices.iter().flat_map(|index| index.to_le_bytes()).collect();
-    of_fingerprint(Fingerprint::of(&bytes))
+    of_fingerprint(Fingerprint::of_regions(&[&bytes]))
 }
 
 /// Names whose values differ, and both values in words.
