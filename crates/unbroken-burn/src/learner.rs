@@ -33,10 +33,18 @@ use unbroken::{Error, Result};
 use crate::dtype::{self, Raw};
 use crate::{DeviceGenerator, accumulator, module, optimizer, scheduler};
 
+/// What a step's output is taken to cost when the state is read.
+const PAGE: u64 = 4096;
+
 /// What a training step gives to the metrics, kept until its epoch is over.
 pub trait Output: Sized {
     /// The same without what belongs to the backward pass.
     fn kept(&self) -> Self;
+
+    /// Numbers of the step for the journal, such as its loss: the first that differs between two runs is named.
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
 
     /// Writes it.
     ///
@@ -83,6 +91,12 @@ pub fn read_tensor<const D: usize>(
     Ok(Tensor::from_data(data, (device, kind)))
 }
 
+/// The loss of a step, whatever its type.
+fn loss_of(loss: &Tensor<1>) -> Vec<(&'static str, f64)> {
+    let number = loss.to_data().iter::<f64>().next();
+    number.map(|number| ("loss", number)).into_iter().collect()
+}
+
 impl Output for ClassificationOutput {
     fn kept(&self) -> Self {
         ClassificationOutput::new(
@@ -90,6 +104,10 @@ impl Output for ClassificationOutput {
             self.output.clone().without_autodiff(),
             self.targets.clone().without_autodiff(),
         )
+    }
+
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        loss_of(&self.loss)
     }
 
     fn write(&self, out: &mut StateWriter<'_>) -> Result<()> {
@@ -129,6 +147,10 @@ impl Output for RegressionOutput {
             self.output.clone().without_autodiff(),
             self.targets.clone().without_autodiff(),
         )
+    }
+
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        loss_of(&self.loss)
     }
 
     fn write(&self, out: &mut StateWriter<'_>) -> Result<()> {
@@ -261,6 +283,12 @@ where
     let (samples, batch) = (loader.samples() as usize, loader.batch_size() as usize);
     let progress =
         |done: usize| Progress::new((done * batch).min(samples), samples, Some("items".to_owned()));
+    if let Some(path) = module::first_by_columns(&state.learner.model()) {
+        // A Learner takes a model back through Burn's records only, and those bring back another layout in memory.
+        return Err(Error::Unsupported {
+            what: format!("the layout by columns of `{path}` under Burn's Learner"),
+        });
+    }
     let mut training = options.start(state)?;
     if let Some(stopping) = &mut components.early_stopping {
         // Its memory is a function of the metrics' files, which are there for the epochs that are done.
@@ -297,7 +325,10 @@ where
                     }
                 }
             }
-            state.outputs.push((output.item.kept(), state.rate));
+            let kept = output.item.kept();
+            let numbers = kept.numbers().into_iter().chain([("rate", state.rate)]);
+            numbers.for_each(|(name, number)| step.log(name, number));
+            state.outputs.push((kept, state.rate));
             step.commit(state)?;
             let rate = Some(ModuleLearningRate::from(state.rate));
             let item = TrainingItem::new(output.item, progress, Some(done), rate);
@@ -400,7 +431,8 @@ where
             outputs,
             ..
         } = self;
-        out.costly("trainer", |out| {
+        let bytes = 2 * module::sizes(&model).iter().sum::<u64>() + outputs.len() as u64 * PAGE;
+        out.costly("trainer", bytes, |out| {
             let (optimizer, scheduler) = taps.records(learner);
             out.scope("optimizer", |out| optimizer::write_record(optimizer, &model, out))?;
             out.scope("scheduler", |out| scheduler::write_record(scheduler, out))?;

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Int, Shape, Tensor, TensorData};
+use burn::tensor::{Bool, Bytes as BurnBytes, DType, Int, Shape, Tensor, TensorData};
 use unbroken::train::{Bytes, StateReader, StateWriter};
 use unbroken::{Error, Result, Value};
 
@@ -15,8 +15,97 @@ use crate::dtype::{self, Raw};
 /// Brings running statistics up to date: Burn keeps the newest update aside until the next forward pass, and records
 /// what was before it. Changes no number of the training.
 pub fn settle<M: Module>(module: &M) {
-    // Making the validation form of a module takes over what is pending, in the module itself.
-    let _ = module.valid();
+    /// Whether there is a tensor that is not trained: all running statistics are of that kind.
+    struct Untrained(bool);
+    impl ModuleVisitor for Untrained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 |= param.is_initialized() && !param.is_require_grad();
+        }
+    }
+    let mut untrained = Untrained(false);
+    module.visit(&mut untrained);
+    if untrained.0 {
+        // Making the validation form of a module takes over what is pending, in the module itself.
+        let _ = module.valid();
+    }
+}
+
+/// Returns the module with every matrix laid out in memory as a resume lays it out.
+///
+/// Burn begins a linear layer whose layout is by columns with a transposed view, and an optimizer's first update makes it
+/// a plain matrix: another order of the same numbers, from which a kernel's sums come out otherwise in their last bits. To
+/// be called once, before a new run's first step; changes no number, and nothing at all where there are no such layers.
+pub fn lay_out<M: Module>(module: M) -> M {
+    module.map(&mut LayOut)
+}
+
+struct LayOut;
+
+impl ModuleMapper for LayOut {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !is_turned(&param) {
+            return param;
+        }
+        let data = param.val().into_data();
+        with_data(param, data)
+    }
+}
+
+/// Returns the parameter with these elements, in the order of the layer's own computation.
+fn with_data<const D: usize>(param: Param<Tensor<D>>, data: TensorData) -> Param<Tensor<D>> {
+    param.map(|tensor| {
+        let dtype = data.dtype();
+        let found = Tensor::from_data(data, (&tensor.device(), dtype));
+        found.set_require_grad(tensor.is_require_grad())
+    })
+}
+
+/// A matrix with its dimensions in the other order.
+pub(crate) fn turn(data: TensorData) -> TensorData {
+    let (bytes, shape, kind) = data.into_parts();
+    let (rows, columns, size) = (shape.to_vec()[0], shape.to_vec()[1], kind.size());
+    let mut turned = Vec::with_capacity(bytes.len());
+    for column in 0..columns {
+        for row in 0..rows {
+            turned.extend_from_slice(&bytes[(row * columns + column) * size..][..size]);
+        }
+    }
+    TensorData::from_bytes(BurnBytes::from_bytes_vec(turned), vec![columns, rows], kind)
+}
+
+/// Path of the first matrix that lies by columns.
+#[cfg(feature = "learner")]
+pub(crate) fn first_by_columns<M: Module>(module: &M) -> Option<String> {
+    struct First(Path, Option<String>);
+    impl ModuleVisitor for First {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.0.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.0.0.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if self.1.is_none() && is_turned(param) {
+                self.1 = Some(self.0.text());
+            }
+        }
+    }
+    let mut first = First(Path::default(), None);
+    module.visit(&mut first);
+    first.1
+}
+
+/// About how many bytes each of a module's float tensors has, in the order of [`paths`].
+pub(crate) fn sizes<M: Module>(module: &M) -> Vec<u64> {
+    struct Sizes(Vec<u64>);
+    impl ModuleVisitor for Sizes {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.push(param.lazy_shape().num_elements() as u64 * 4);
+        }
+    }
+    let mut sizes = Sizes(Vec::new());
+    module.visit(&mut sizes);
+    sizes.0
 }
 
 /// Where a traversal is.
@@ -204,6 +293,18 @@ pub(crate) fn replace<M: Module>(
     }))
 }
 
+/// Whether Burn keeps this tensor with its dimensions in the other order in records, as it does for linear layers whose
+/// layout is by columns.
+pub(crate) fn is_turned<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    if D != 2 {
+        return false;
+    }
+    // A parameter does not show what it does on loading; it does it to any tensor.
+    let probe = Tensor::zeros(Shape::from(vec![1, 2]), &param.lazy_device().inner());
+    let loaded = param.clone().transform_for_load(probe, param.id).val();
+    loaded.shape().to_vec() == [2, 1]
+}
+
 struct Check<'t> {
     path: Path,
     tensors: &'t HashMap<String, TensorData>,
@@ -238,7 +339,12 @@ impl ModuleVisitor for Check<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.tensor(param.lazy_shape());
+        let mut shape = param.lazy_shape().to_vec();
+        // Until it is first touched, such a tensor has the shape that records have.
+        if param.is_initialized() && is_turned(param) {
+            shape.reverse();
+        }
+        self.tensor(Shape::from(shape));
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
@@ -276,7 +382,11 @@ impl ModuleMapper for Replace {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (device, id, data) = (param.lazy_device(), param.id, self.take());
         let dtype = data.dtype();
-        let param = param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id);
+        let param = if is_turned(&param) {
+            with_data(param, turn(data))
+        } else {
+            param.transform_for_load(Tensor::from_data(data, (&device, dtype)), id)
+        };
         match &self.marks {
             Some((trained, _)) if trained.contains(&self.path.text()) != param.is_require_grad() => {
                 let wanted = !param.is_require_grad();

@@ -4,9 +4,10 @@
 //! the module says which path an id stands for, now and on the way back.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
-use burn::module::Module;
-use burn::optim::{LBFGS, ModuleOptimizer, OptimizerRecord};
+use burn::module::{Module, ParamGroup, ParamId};
+use burn::optim::{LBFGS, ModuleOptimizer, OptimizerRecord, SgdConfig};
 use burn::tensor::Bytes as BurnBytes;
 use burn_pack::{Reader, Scalar, Tensor, Writer};
 use unbroken::train::{Bytes, StateReader, StateWriter};
@@ -40,16 +41,68 @@ fn pack(writer: Writer) -> Result<OptimizerRecord> {
 
 /// Writes the state of an optimizer over this module.
 ///
+/// Burn gives it away as a copy, and packs that into others: so a large one is asked for some parameters at a time.
+///
 /// # Errors
 ///
 /// State of a parameter that the module does not have.
 pub fn write<M: Module>(optimizer: &ModuleOptimizer, module: &M, out: &mut StateWriter<'_>) -> Result<()> {
-    write_record(optimizer.to_record(), module, out)
+    let paths = module::paths(module);
+    let turns = turns(&module::sizes(module));
+    if turns.len() < 2 {
+        return write_parts(optimizer.to_record(), &paths, out);
+    }
+    let ids = |parameters: &[(ParamId, String)]| parameters.iter().map(|(id, _)| *id).collect();
+    let foreign = forget(optimizer, ParamGroup::from_ids(ids(&paths)));
+    write_parts(foreign.to_record(), &[], out)?;
+    for turn in turns {
+        let chosen = &paths[turn];
+        let others = ParamGroup::all().exclude(ParamGroup::from_ids(ids(chosen)));
+        write_parts(forget(optimizer, others).to_record(), chosen, out)?;
+    }
+    Ok(())
+}
+
+/// Which parameters are read together, by their sizes in bytes.
+fn turns(sizes: &[u64]) -> Vec<Range<usize>> {
+    let most = (sizes.iter().sum::<u64>() / SHARES).max(SMALL);
+    let mut turns = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (place, size) in sizes.iter().enumerate() {
+        bytes += size;
+        if bytes >= most || place + 1 == sizes.len() {
+            turns.push(start..place + 1);
+            (start, bytes) = (place + 1, 0);
+        }
+    }
+    turns
+}
+
+/// In how many turns at most the state of a large optimizer is read.
+const SHARES: u64 = 16;
+/// Up to so many bytes of parameters are read in one turn.
+const SMALL: u64 = 8 << 20;
+
+/// The optimizer without the state of these parameters.
+fn forget(optimizer: &ModuleOptimizer, parameters: ParamGroup) -> ModuleOptimizer {
+    // Another optimizer for a group makes Burn drop what it knew about the group's parameters.
+    optimizer
+        .clone()
+        .with_group(parameters, SgdConfig::new().build(), None)
 }
 
 pub(crate) fn write_record<M: Module>(
     record: OptimizerRecord,
     module: &M,
+    out: &mut StateWriter<'_>,
+) -> Result<()> {
+    write_parts(record, &module::paths(module), out)
+}
+
+/// Writes a record of state of these parameters.
+fn write_parts(
+    record: OptimizerRecord,
+    parameters: &[(ParamId, String)],
     out: &mut StateWriter<'_>,
 ) -> Result<()> {
     let reader = unpack(record)?;
@@ -70,9 +123,9 @@ pub(crate) fn write_record<M: Module>(
         let leaf = leaf.to_owned();
         parts.entry(id).or_default().tensors.insert(leaf, tensor);
     }
-    for (id, path) in module::paths(module) {
+    for (id, path) in parameters {
         if let Some(part) = parts.remove(&id.val()) {
-            out.scope(&path, |out| write_part(part, out))?;
+            out.scope(path, |out| write_part(part, out))?;
         }
     }
     match parts.len() {
@@ -247,5 +300,30 @@ pub(crate) fn value_scalar(value: &Value, name: &str) -> Result<Scalar> {
         other => Err(Error::invalid(format!(
             "`{name}` is no number in the checkpoint: {other:?}"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_parameter_has_one_turn_and_a_small_module_has_one_in_all() {
+        let megabyte = 1 << 20;
+        assert_eq!(turns(&[100, 200, 300]), [0..3]);
+        assert_eq!(turns(&[]), []);
+        let sizes = [
+            900 * megabyte,
+            1,
+            1,
+            40 * megabyte,
+            40 * megabyte,
+            1,
+            600 * megabyte,
+            1,
+        ];
+        let turns = turns(&sizes);
+        assert_eq!(turns, [0..1, 1..7, 7..8]);
+        assert!(turns.len() as u64 <= SHARES + 1);
     }
 }

@@ -22,6 +22,8 @@ pub struct Trained<M: Module> {
     accumulator: GradientsAccumulator<M>,
     accumulated: u64,
     accumulation: u64,
+    /// Whether the module lies in memory as a resume would lay it.
+    laid_out: bool,
 }
 
 impl<M: Module> Trained<M> {
@@ -34,6 +36,7 @@ impl<M: Module> Trained<M> {
             accumulator: GradientsAccumulator::new(),
             accumulated: 0,
             accumulation: 1,
+            laid_out: false,
         }
     }
 
@@ -66,20 +69,27 @@ impl<M: Module> Trained<M> {
 
 impl<M: Module> Stateful for Trained<M> {
     fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+        if !std::mem::replace(&mut self.laid_out, true) {
+            self.model = module::lay_out(self.model.clone());
+        }
         module::settle(&self.model);
         out.scope("model", |out| module::write(&self.model, out))?;
-        out.costly("optimizer", |out| {
-            optimizer::write(&self.optimizer, &self.model, out)
-        })?;
-        out.scope("scheduler", |out| scheduler::write(&self.scheduler, out))?;
-        out.scope("gradients", |out| {
-            accumulator::write(&mut self.accumulator, &self.model, out)
+        out.costly(
+            "optimizer",
+            2 * module::sizes(&self.model).iter().sum::<u64>(),
+            |out| optimizer::write(&self.optimizer, &self.model, out),
+        )?;
+        out.costly("scheduler", 0, |out| scheduler::write(&self.scheduler, out))?;
+        out.scope("gradients", |out| match self.accumulated {
+            0 => Ok(()),
+            _ => accumulator::write(&mut self.accumulator, &self.model, out),
         })?;
         out.value("accumulated", self.accumulated)
     }
 
     fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
         self.model = from.scope("model", |from| module::read(self.model.clone(), from))?;
+        self.laid_out = true;
         self.optimizer = from.scope("optimizer", |from| {
             optimizer::read(self.optimizer.clone(), &self.model, from)
         })?;

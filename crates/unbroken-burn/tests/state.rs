@@ -3,7 +3,8 @@
 //! Touches: temporary directories; Burn's generator, which the whole process shares, so these tests take turns.
 
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::data::dataloader::DataLoader;
 use burn::data::dataloader::batcher::Batcher;
@@ -16,20 +17,27 @@ use burn::lr_scheduler::module_lr_scheduler::{ModuleLrScheduler, ModuleLrSchedul
 use burn::lr_scheduler::noam::NoamLrSchedulerConfig;
 use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::lr_scheduler::step::StepLrSchedulerConfig;
-use burn::module::{Module, Param};
-use burn::nn::{BatchNorm, BatchNormConfig, Dropout, DropoutConfig, Linear, LinearConfig};
+use burn::module::{Module, Param, ParamGroup};
+use burn::nn::{BatchNorm, BatchNormConfig, Dropout, DropoutConfig, Linear, LinearConfig, LinearLayout};
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{
     AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams, LBFGS, LBFGSConfig,
     LambConfig, LionConfig, ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
 };
 use burn::tensor::{Device, Distribution, Tensor};
+use burn::train::metric::LossMetric;
+use burn::train::metric::store::{Aggregate, Direction, Split};
+use burn::train::{
+    InferenceStep, Learner, MetricEarlyStoppingStrategy, RegressionOutput, StoppingCondition,
+    SupervisedTraining, TrainOutput, TrainStep,
+};
 use unbroken::journal::Boundary;
-use unbroken::run::read_journal;
+use unbroken::run::{read_checkpoint, read_journal};
 use unbroken::train::{
     Failure, Level, Loader, Options, Policy, Sample, Source, StateReader, StateWriter, Stateful, Training,
 };
 use unbroken::{Error, Result};
+use unbroken_burn::learner::Exact;
 use unbroken_burn::{DeviceGenerator, ExactLoader, Trained, module, optimizer};
 
 /// Burn has one generator for the whole process: tests that run side by side would draw from each other's.
@@ -173,6 +181,47 @@ fn every_optimizer_comes_back_as_it_was() {
     });
 }
 
+/// More than is read of an optimizer at once: a parameter that no turn reads would begin anew after the resume.
+#[test]
+fn a_large_optimizer_comes_back_as_it_was() {
+    #[derive(Module, Debug)]
+    struct Wide {
+        layers: Vec<Linear>,
+    }
+    impl Program for Trained<Wide> {
+        fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+            let input = Tensor::<1>::from_floats(batch.as_flattened(), &device()).reshape([batch.len(), 4]);
+            let layers = self.model.layers.iter();
+            let loss = layers
+                .fold(input, |x, layer| layer.forward(x))
+                .powi_scalar(2)
+                .mean();
+            let number = loss.clone().into_scalar::<f32>();
+            self.step(loss.backward());
+            number
+        }
+    }
+    let widths = [4, 1100, 1000, 1100, 2];
+    let wide = || Wide {
+        layers: widths
+            .windows(2)
+            .map(|pair| LinearConfig::new(pair[0], pair[1]).init(&device()))
+            .collect(),
+    };
+    assert_exact("large", || Trained::new(wide(), AdamConfig::new().init(), 0.01));
+}
+
+/// The dropout's neighbours: matrices by one optimizer, the rest by another, found again by path.
+#[test]
+fn an_optimizer_of_its_own_for_some_parameters_comes_back_as_it_was() {
+    let make = || {
+        let matrices = ParamGroup::from_paths(vec!["first.weight", "last.weight"]);
+        let optimizer: ModuleOptimizer = SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init();
+        optimizer.with_group(matrices, AdamConfig::new().build(), None)
+    };
+    assert_exact("groups", || Trained::new(Net::new(&device()), make(), 0.01));
+}
+
 /// Muon is for matrices only.
 #[test]
 fn muon_comes_back_as_it_was() {
@@ -274,6 +323,19 @@ fn every_scheduler_comes_back_as_it_was() {
             Trained::new(Net::new(&device()), SgdConfig::new().init(), scheduler())
         });
     }
+}
+
+/// A layer whose matrix lies by columns: Burn's records have it the other way round than the layer itself.
+#[test]
+fn a_layout_by_columns_comes_back_as_it_was() {
+    let make = || {
+        let mut net = Net::new(&device());
+        net.last = LinearConfig::new(8, 2)
+            .with_layout(LinearLayout::Col)
+            .init(&device());
+        Trained::new(net, AdamWConfig::new().init(), 0.01)
+    };
+    assert_exact("by columns", make);
 }
 
 /// Step 6 of windows of 4 steps: half a window's gradients are in the checkpoint of step 4's successor. Windows of 3
@@ -525,4 +587,117 @@ fn a_slice_of_a_loader_serves_its_own_samples_only() {
     let mut indices: Vec<u64> = slice.iter().flat_map(|batch| batch.unwrap()).collect();
     indices.sort_unstable();
     assert_eq!(indices, (7..16).collect::<Vec<_>>());
+}
+
+/// A net that never gets better, as Burn's Learner trains it: the learning rate is 0.
+#[derive(Module, Debug)]
+struct Still {
+    layer: Linear,
+}
+
+impl Still {
+    fn output(&self, input: Tensor<2>) -> RegressionOutput {
+        let output = self.layer.forward(input.clone());
+        let targets = input.zeros_like();
+        RegressionOutput::new(output.clone().powi_scalar(2).mean(), output, targets)
+    }
+}
+
+impl TrainStep for Still {
+    type Input = Tensor<2>;
+    type Output = RegressionOutput;
+
+    fn step(&self, input: Tensor<2>) -> TrainOutput<RegressionOutput> {
+        let output = self.output(input);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl InferenceStep for Still {
+    type Input = Tensor<2>;
+    type Output = RegressionOutput;
+
+    fn step(&self, input: Tensor<2>) -> RegressionOutput {
+        self.output(input)
+    }
+}
+
+struct Rows;
+
+impl Batcher<[f32; 4], Tensor<2>> for Rows {
+    fn batch(&self, items: Vec<[f32; 4]>, device: &Device) -> Tensor<2> {
+        Tensor::<1>::from_floats(items.as_flattened(), device).reshape([items.len(), 4])
+    }
+}
+
+/// Numbers that cannot be read any more in the third epoch's last batch, as long as the disk is broken.
+struct Breaking(Arc<AtomicBool>);
+
+impl Source for Breaking {
+    type Item = [f32; 4];
+
+    fn len(&self) -> u64 {
+        Numbers.len()
+    }
+
+    fn at(&self, sample: &Sample) -> std::result::Result<[f32; 4], Failure> {
+        if self.0.load(Ordering::Relaxed) && (sample.epoch, sample.position) >= (2, 20) {
+            return Err("the disk is gone".into());
+        }
+        Numbers.at(sample)
+    }
+}
+
+/// Trains up to eight epochs under Burn's Learner, which is to stop when two in sequence were no better.
+fn learn(path: &Path, layout: LinearLayout, broken: bool) -> Result<()> {
+    let device = device();
+    device.seed(3);
+    let layer = LinearConfig::new(4, 4).with_layout(layout).init(&device);
+    let source = Breaking(Arc::new(AtomicBool::new(broken)));
+    let train = ExactLoader::new(source, Rows, 4, &device, |loader| loader.shuffled());
+    let valid = ExactLoader::new(Numbers, Rows, 12, &device.clone().inner(), |loader| loader);
+    let exact = Exact::<Still>::new(plain_options(path), &device, train.loader());
+    let stopping = MetricEarlyStoppingStrategy::new(
+        &LossMetric::new(),
+        Aggregate::Mean,
+        Direction::Lowest,
+        Split::Valid,
+        StoppingCondition::NoImprovementSince { n_epochs: 2 },
+    );
+    let metrics = path.with_extension("metrics");
+    SupervisedTraining::new(metrics, Arc::new(train), Arc::new(valid))
+        .metrics((LossMetric::new(),))
+        .with_application_logger(None)
+        .num_epochs(8)
+        .early_stopping(stopping)
+        .with_training_strategy(exact.strategy())
+        .launch(Learner::new(Still { layer }, SgdConfig::new().init(), 0.0));
+    exact.result()
+}
+
+/// The first epoch is the best, so that the third is the last. A life ends in the third: that the first was the best is
+/// known from the metrics' files only.
+#[test]
+fn early_stopping_under_the_learner_remembers_the_epochs_before_a_resume() {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let (reference, cut) = (home.path().join("reference"), home.path().join("cut"));
+    learn(&reference, LinearLayout::Row, false).unwrap();
+    let finished = read_checkpoint(&reference).unwrap().info().clone();
+    assert_eq!((finished.step, finished.phase), (18, 2));
+    let error = learn(&cut, LinearLayout::Row, true).unwrap_err();
+    assert!(error.to_string().contains("the disk is gone"), "{error}");
+    assert_eq!(read_checkpoint(&cut).unwrap().info().step, 16);
+    learn(&cut, LinearLayout::Row, false).unwrap();
+    let finished = read_checkpoint(&cut).unwrap().info().clone();
+    assert_eq!((finished.step, finished.phase), (18, 2));
+    assert_eq!(records(&reference), records(&cut));
+}
+
+#[test]
+fn a_layout_that_the_learner_cannot_bring_back_is_refused_before_the_first_step() {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let error = learn(&home.path().join("run"), LinearLayout::Col, false).unwrap_err();
+    assert!(error.to_string().contains("`layer.weight`"), "{error}");
 }

@@ -184,7 +184,7 @@ fn kills_at_random_instants_leave_no_trace_in_a_loop_of_ones_own() {
 
 #[test]
 fn kills_at_random_instants_leave_no_trace_under_the_learner() {
-    kill_chain(Loop::Learner, &[3, 0]);
+    kill_chain(Loop::Learner, &[3, 0, 1]);
 }
 
 #[test]
@@ -201,22 +201,19 @@ fn kills_at_chosen_instants_leave_no_trace_under_the_learner() {
 fn any_number_of_kernel_threads_and_workers_gives_the_same_bits() {
     let home = tempfile::tempdir().unwrap();
     let full = ("UNBROKEN_JOURNAL", "full");
-    let reference = home.path().join("reference");
-    run_to_the_end(&reference, Loop::Own, 0, &[("RAYON_NUM_THREADS", "1"), full]);
-    for (threads, workers) in [("2", 1), ("4", 4)] {
-        let directory = home.path().join(threads);
-        run_to_the_end(
-            &directory,
-            Loop::Own,
-            workers,
-            &[("RAYON_NUM_THREADS", threads), full],
-        );
-        assert_same(
-            &reference,
-            &directory,
-            Loop::Own,
-            &format!("{threads} threads, {workers} workers"),
-        );
+    for (which, others) in [
+        (Loop::Own, &[("2", 1), ("4", 4)][..]),
+        (Loop::Learner, &[("4", 3)]),
+    ] {
+        let reference = home.path().join(format!("{which:?}"));
+        run_to_the_end(&reference, which, 0, &[("RAYON_NUM_THREADS", "1"), full]);
+        for (threads, workers) in others {
+            let said = format!("{which:?}, {threads} threads, {workers} workers");
+            let directory = home.path().join(&said);
+            let variables = [("RAYON_NUM_THREADS", *threads), full];
+            run_to_the_end(&directory, which, *workers, &variables);
+            assert_same(&reference, &directory, which, &said);
+        }
     }
 }
 
