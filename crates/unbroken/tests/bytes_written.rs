@@ -15,7 +15,7 @@ use world::leaf;
 
 /// A frozen base of 32 tensors, and an adapter of 32 with two moments each.
 const LAYERS: u64 = 32;
-const FROZEN_ELEMENTS: u64 = 50_000;
+const FROZEN_ELEMENTS: u64 = 20_000;
 const TRAINED_ELEMENTS: u64 = 4_000;
 const CHANGED_BYTES: u64 = LAYERS * 3 * TRAINED_ELEMENTS * 4;
 
