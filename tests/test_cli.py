@@ -144,15 +144,20 @@ def test_log_prints_a_line_for_each_boundary(run_path: Path, capfd: pytest.Captu
     code, out, _ = call(capfd, "log", run_path)
     lines = out.splitlines()
     assert code == 0
-    assert lines[0] == 'step 0  * signal (life 1) name="SIGTERM"'
-    assert lines[4] == "step 4  epoch 0 position 4  loss=0.25"
-    assert len(lines) == 7
+    assert re.fullmatch(
+        r"step 0  \* saved \(life 1\) 000000000-0-\w+: 32 B, 288 B new, durable after .* [mu]?s", lines[0]
+    )
+    assert lines[1] == 'step 0  * signal (life 1) name="SIGTERM"'
+    assert [line for line in lines if "*" not in line][3] == "step 4  epoch 0 position 4  loss=0.25"
+    assert len(lines) == 6 + 4 + 1
     _, out, _ = call(capfd, "log", run_path, "--steps", "2..3", "--components")
-    assert [line.split()[1] for line in out.splitlines()] == ["2", "3"]
+    assert [line.split()[1] for line in out.splitlines()] == ["2", "2", "3"]
     assert f"batch={'02' * 16}" in out
     _, out, _ = call(capfd, "log", run_path, "--steps", "5..", "--json")
-    boundaries = [json.loads(line) for line in out.splitlines()]
+    *boundaries, saved = [json.loads(line) for line in out.splitlines()]
     assert [boundary["step"] for boundary in boundaries] == [5, 6]
+    assert saved["event"] == "saved"
+    assert saved["fields"]["durable_us"] >= saved["fields"]["commit_us"] > 0
     assert boundaries[0]["components"]["loss"] == {"float": 0.2, "bits": "3fc999999999999a"}
 
 
@@ -200,12 +205,33 @@ def test_diff_of_two_checkpoints_counts_elements(run_path: Path, capfd: pytest.C
     assert code == 1
     (weight,) = [line for line in out.splitlines() if line.startswith("model/weight")]
     # From 2.0 to 4.0 there are 2^23 floats.
-    assert "1 of 6 elements differ, first at 0, at most 8388608 ulps apart" in weight
+    assert "1 of 6 elements, at most 8388608 ulps" in weight
     code, out, _ = call(capfd, "diff", "--json", f"{run_path}@2", f"{run_path}@4")
     paths = [row["path"] for row in json.loads(out)["differences"]]
     assert paths == ["model/weight", "model/tied", "optimizer/0/exp_avg"]
     assert call(capfd, "diff", f"{run_path}@4", f"{run_path}@4")[0] == 0
     assert call(capfd, "diff", run_path, f"{run_path}@4")[0] == 2
+
+
+def test_diff_of_checkpoints_that_are_gone_goes_by_the_digests_in_the_journal(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, whole, _ = call(capfd, "diff", f"{run_path}@2", f"{run_path}@4")
+    assert call(capfd, "prune", run_path, "--last", "1")[0] == 0
+    code, out, err = call(capfd, "diff", f"{run_path}@2", f"{run_path}@4")
+    assert code == 1
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        line.split(":")[0] for line in whole.splitlines()
+    ]
+    assert "model/weight: its bytes should hash to " in out
+    assert (
+        "note: the checkpoint of step 2 is not whole or no longer there; the journal has its digests" in err
+    )
+    code, out, _ = call(capfd, "diff", f"{run_path}@4", f"{run_path}@4")
+    assert (code, out) == (0, "checkpoints of step 4 are the same in all 5 leaves\n")
+    code, _, err = call(capfd, "diff", f"{run_path}@3", f"{run_path}@4")
+    assert code == 2
+    assert "has no checkpoint of step 3" in err
 
 
 def own_pack(run_path: Path) -> Path:

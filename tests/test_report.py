@@ -1,5 +1,6 @@
 """The report as a page that needs nothing else, and the run as a line in the terminal. No torch takes part."""
 
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -82,6 +83,23 @@ def test_a_page_shows_lives_kills_and_what_was_verified(killed: Path) -> None:
     assert "steps 25 to 27 executed again" in page.words
     assert len(page.of_class("save")) == len(list((killed / "checkpoints").iterdir()))
     assert "2.15.0" in page.words
+
+
+def test_a_page_tells_size_new_bytes_and_time_to_durable_of_checkpoints_that_are_gone_too(
+    killed: Path,
+) -> None:
+    before, _ = page_of(killed)
+    count = len(list((killed / "checkpoints").iterdir()))
+    assert "time to durable" in before.words
+    assert len(re.findall(r"\d [mu]s", before.words)) >= 2 * count
+    program("prune", killed, "--last", "1")
+    after, _ = page_of(killed)
+    assert len(after.of_class("save")) == count
+    assert len(after.of_class("gone")) == count - 1
+    assert f"Checkpoints ({count})" in after.words
+    # What was written for them does not change because some are gone.
+    written = re.compile(r"written for them([\d.]+ \w+)")
+    assert written.findall(after.words) == written.findall(before.words) != []
 
 
 def test_a_page_needs_nothing_from_outside_and_knows_light_and_dark(killed: Path) -> None:

@@ -31,7 +31,7 @@ pub(crate) fn run(command: &Explain, streams: &mut Streams) -> Answer {
         Some(difference) => Some(judge::leaves_of(&difference, &expected, &found)?),
         None => None,
     };
-    let boundaries = expected.journal.boundaries.len();
+    let boundaries = expected.totals.boundaries;
     if command.json {
         let trial = found.name.as_str();
         streams.json(&json!({

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value as Json, json};
+use unbroken::elements::row_major;
 use unbroken::format::manifest::element_size;
 use unbroken::format::pack::safetensors_dtype;
 use unbroken::state::Tensor;
@@ -17,7 +18,7 @@ use unbroken::{Error, Value};
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::arguments::Export;
-use crate::leaves::{elements, leaves};
+use crate::leaves::leaves;
 use crate::target;
 use crate::words::{count, size};
 
@@ -216,7 +217,8 @@ fn fill(
             last = Some((storage, checkpoint.read(storage as usize)?));
         }
         let (_, bytes) = last.as_ref().expect("a storage was just read");
-        file.write_all(&elements(item.tensor, bytes, item.element_bytes))?;
+        let elements = row_major(item.tensor, bytes);
+        file.write_all(&elements.expect("only dtypes of known width are exported"))?;
     }
     file.sync()?;
     Ok(file.written())

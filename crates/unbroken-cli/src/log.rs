@@ -5,43 +5,57 @@
 use serde_json::{Value as Json, json};
 use unbroken::digest::hex;
 use unbroken::format::journal::Component;
-use unbroken::journal::{Boundary, Event};
+use unbroken::format::saved::SAVED;
+use unbroken::journal::{Boundary, Event, Save};
 
-use crate::answer::{Answer, Streams, Verdict};
+use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::arguments::{Log, Steps};
 use crate::list::phase_words;
 use crate::target;
-use crate::words::{count, fields_json, float, float_json, line, value};
+use crate::words::{count, duration, fields_json, float, float_json, line, size, value};
 
 pub(crate) fn run(command: &Log, streams: &mut Streams) -> Answer {
-    let journal = target::open_journal(&command.run)?;
+    let story = target::open_story(&command.run)?;
     let steps = command.steps.unwrap_or(Steps {
         first: 0,
         last: u64::MAX,
     });
     let wanted = |step: u64| (steps.first..=steps.last).contains(&step);
-    let mut events: Vec<&Event> = journal.events.iter().filter(|event| wanted(event.step)).collect();
-    events.sort_by_key(|event| event.step);
-    let mut events = events.into_iter().peekable();
+    let told = story
+        .events
+        .iter()
+        .map(Told::Event)
+        .chain(story.saves.iter().map(Told::Save));
+    let mut told: Vec<Told> = told.filter(|told| wanted(told.step())).collect();
+    told.sort_by_key(Told::place);
+    let mut told = told.into_iter().peekable();
     let mut shown = 0usize;
-    for boundary in journal.boundaries.iter().filter(|boundary| wanted(boundary.step)) {
-        while let Some(event) = events.next_if(|event| event.step < boundary.step) {
-            print_event(command, event, streams)?;
+    let mut boundaries = story.boundaries();
+    for boundary in boundaries.by_ref() {
+        let boundary = boundary?;
+        if boundary.step > steps.last {
+            break;
+        }
+        if !wanted(boundary.step) {
+            continue;
+        }
+        while let Some(told) = told.next_if(|told| told.place() < (boundary.step, boundary.phase)) {
+            told.print(command, streams)?;
         }
         if command.json {
-            streams.json(&boundary_json(boundary))?;
+            streams.json(&boundary_json(&boundary))?;
         } else {
-            streams.say(boundary_words(boundary, command.components))?;
+            streams.say(boundary_words(&boundary, command.components))?;
         }
         shown += 1;
     }
-    for event in events {
-        print_event(command, event, streams)?;
+    for told in told {
+        told.print(command, streams)?;
     }
-    for warning in &journal.warnings {
+    for warning in story.warnings.iter().chain(&boundaries.conflict_words()) {
         streams.note("warning", warning);
     }
-    if shown == 0 && journal.warnings.is_empty() {
+    if shown == 0 && story.warnings.is_empty() {
         streams.note(
             "note",
             &format!("no boundary recorded in {}", command.run.display()),
@@ -55,11 +69,70 @@ pub(crate) fn run(command: &Log, streams: &mut Streams) -> Answer {
     Ok(Verdict::Yes)
 }
 
+/// What stands between boundaries.
+enum Told<'a> {
+    Event(&'a Event),
+    Save(&'a Save),
+}
+
+impl Told<'_> {
+    fn step(&self) -> u64 {
+        match self {
+            Told::Event(event) => event.step,
+            Told::Save(save) => save.step,
+        }
+    }
+
+    /// The boundary that it stands behind: events do not say which of a step's.
+    fn place(&self) -> (u64, u8) {
+        match self {
+            Told::Event(event) => (event.step, u8::MAX),
+            Told::Save(save) => (save.step, save.saved.phase),
+        }
+    }
+
+    fn print(&self, command: &Log, streams: &mut Streams) -> Result<(), Failure> {
+        match self {
+            Told::Event(event) => print_event(command, event, streams),
+            Told::Save(save) => print_save(command, save, streams),
+        }
+    }
+}
+
+fn print_save(command: &Log, save: &Save, streams: &mut Streams) -> Result<(), Failure> {
+    let saved = &save.saved;
+    if command.json {
+        return streams.json(&json!({
+            "event": SAVED,
+            "step": save.step,
+            "life": save.life,
+            "time": save.time,
+            "fields": {
+                "checkpoint": saved.checkpoint,
+                "phase": saved.phase,
+                "durable_us": saved.durable_us,
+                "commit_us": saved.commit_us,
+                "size_bytes": saved.size_bytes,
+                "new_bytes": saved.new_bytes,
+            },
+        }));
+    }
+    streams.say(format!(
+        "step {}  * {SAVED} (life {}) {}: {}, {} new, durable after {}",
+        save.step,
+        save.life,
+        line(&saved.checkpoint),
+        size(saved.size_bytes),
+        size(saved.new_bytes),
+        duration(saved.durable_us),
+    ))
+}
+
 fn count_boundaries(number: usize) -> String {
     count(number, "boundary").replace("boundarys", "boundaries")
 }
 
-fn print_event(command: &Log, event: &Event, streams: &mut Streams) -> Result<(), crate::answer::Failure> {
+fn print_event(command: &Log, event: &Event, streams: &mut Streams) -> Result<(), Failure> {
     if command.json {
         return streams.json(&json!({
             "event": event.kind,

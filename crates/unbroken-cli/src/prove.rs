@@ -216,7 +216,7 @@ impl Proof {
             expected.push(self.read(&outcome.directory)?);
         }
         let (reference, again) = (expected.remove(0), expected.remove(0));
-        let boundaries: usize = reference.iter().map(|run| run.journal.boundaries.len()).sum();
+        let boundaries: usize = reference.iter().map(|run| run.totals.boundaries).sum();
         let Some(first) = reference.first().filter(|_| boundaries > 0) else {
             return Err(self.no_steps());
         };
@@ -246,7 +246,11 @@ impl Proof {
             .iter()
             .map(|checkpoint| checkpoint.info());
         let saves = saves.filter(|info| info.phase == 0).map(|info| info.step);
-        let trials = plan::plan(&Course::new(&first.journal.boundaries, saves), kills, seed);
+        let trials = plan::plan(
+            &Course::new(first.totals.last, first.totals.epochs.clone(), saves),
+            kills,
+            seed,
+        );
         let numbered: Vec<(usize, &Trial)> = trials.iter().enumerate().collect();
         let done = self.each(&numbered, |(index, trial)| {
             self.try_one(*index, trial, trials.len(), &reference)
@@ -392,7 +396,7 @@ impl Proof {
             directory: performed.directory,
             lives: performed.lives.len(),
             resumed_at: found.iter().flat_map(Recorded::resumed_at).collect(),
-            executed_again: found.iter().map(Recorded::executed_again).sum(),
+            executed_again: found.iter().map(|run| run.totals.again).sum(),
             result,
             too_late: performed.too_late,
         })
@@ -409,14 +413,13 @@ impl Proof {
             self.program.steps,
         )?;
         let mut stops = Vec::new();
-        let lives = || found.journal.lives.iter().filter(|life| life.life > 1);
+        let lives = || found.story.lives.iter().filter(|life| life.life > 1);
         for (life, next) in lives().zip(lives().skip(1)) {
-            let recorded = found
-                .journal
-                .boundaries
-                .iter()
-                .filter(|boundary| boundary.lives.contains(&life.life));
-            let last = recorded.map(|boundary| boundary.step).max().unwrap_or(life.step);
+            let last = found
+                .totals
+                .lives
+                .get(&life.life)
+                .map_or(life.step, |(last, _)| *last);
             // A life dies at a step before it saves it: the next one starts from what was saved before.
             let step = if last > next.step { last } else { next.step + 1 };
             stops.push(Stop::KillAt {

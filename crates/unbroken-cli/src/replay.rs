@@ -43,12 +43,8 @@ pub(crate) fn run(command: &Replay, streams: &mut Streams) -> Answer {
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
-    let mut history = Recorded::open(&path, name.clone(), None)?;
-    let last = history
-        .journal
-        .boundaries
-        .last()
-        .map_or(0, |boundary| boundary.step);
+    let history = Recorded::open(&path, name.clone(), None)?;
+    let last = history.totals.last;
     let to = command.to.unwrap_or(last).min(last);
     let start = choose(&history, command.from, to)?;
     let (from, phase) = (start.info().step, start.info().phase);
@@ -76,33 +72,23 @@ pub(crate) fn run(command: &Replay, streams: &mut Streams) -> Answer {
         return Err(Failure::new(format!("the program ended with {how}: {words}")).hint(printed));
     }
 
-    let mut found = Recorded::open(&copied, name.clone(), None)?;
-    let newest = found.journal.last_life;
-    if newest == history.journal.last_life {
+    let found = Recorded::open(&copied, name.clone(), Some(to))?;
+    let newest = found.story.last_life;
+    if newest == history.story.last_life {
         return Err(
             Failure::new(format!("the program did not go on with a run named `{name}`")).hint(printed),
         );
     }
-    for recorded in [&mut history, &mut found] {
-        let inside = |step, phase| step < to || (step, phase) == (to, 0);
-        recorded
-            .journal
-            .boundaries
-            .retain(|boundary| inside(boundary.step, boundary.phase));
+    let history = Recorded::open(&path, name.clone(), Some(to))?;
+    let (mut again, mut expected) = (0, 0);
+    for boundary in found.boundaries() {
+        again += usize::from(boundary?.lives.contains(&newest));
     }
-    let again = found
-        .journal
-        .boundaries
-        .iter()
-        .filter(|boundary| boundary.lives.contains(&newest))
-        .count();
-    let expected = history
-        .journal
-        .boundaries
-        .iter()
-        .filter(|at| (at.step, at.phase) > (from, phase))
-        .count();
-    let difference = match judge::compare_journals(&history, &found) {
+    for boundary in history.boundaries() {
+        let at = boundary?;
+        expected += usize::from((at.step, at.phase) > (from, phase));
+    }
+    let difference = match judge::compare_journals(&history, &found)? {
         Some(difference) => {
             let mut difference = judge::leaves_of(&difference, &history, &found)?;
             // What the catalogue knows are faults of a resume; here something was changed on purpose.

@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use unbroken::Value;
 use unbroken::format::journal::Component;
-use unbroken::journal::Event;
+use unbroken::journal::{Event, field};
 use unbroken::localise::change_words;
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::list::phase_words;
 use crate::prove::judge::{self, Difference, Recorded, boundary_words};
-use crate::words::{count, size, value};
+use crate::words::{count, duration, size, value};
 use chart::{Band, Chart, Curve, escape};
 
 #[derive(Debug, Args)]
@@ -45,7 +45,7 @@ pub(crate) fn run(command: &Report, streams: &mut Streams) -> Answer {
         differences.push(difference);
     }
     let verdict = Words::of(&runs, &differences);
-    let page = page(&runs, &differences, &verdict);
+    let page = page(&runs, &differences, &verdict)?;
     write(&command.output, &page)?;
     streams.say(format!("{}: {}", command.output.display(), verdict.headline))?;
     Ok(Verdict::Yes)
@@ -75,15 +75,14 @@ impl Words {
         let mut more = Vec::new();
         let mut good = true;
         for run in runs {
-            let diverged = run.journal.events.iter().find(|event| event.kind == "diverged");
-            if let Some(event) = diverged {
+            if let Some(event) = run.diverged() {
                 good = false;
                 more.push(format!(
                     "{}: step {} came out differently when life {} executed it again",
                     run.name, event.step, event.life
                 ));
             }
-            for warning in &run.journal.warnings {
+            for warning in run.flaws() {
                 good = false;
                 more.push(format!("{}: {warning}", run.name));
             }
@@ -115,8 +114,8 @@ impl Words {
 }
 
 fn verified_words(run: &Recorded) -> String {
-    let again = run.executed_again();
-    let lives = run.journal.lives.len();
+    let again = run.totals.again;
+    let lives = run.story.lives.len();
     match (lives, again) {
         (0 | 1, _) => "One life, uninterrupted: nothing had to be proven".to_owned(),
         (_, 0) => format!("{lives} lives; no step had to be executed again"),
@@ -151,7 +150,7 @@ fn difference_words(name: &str, difference: &Difference) -> Vec<String> {
 /// Charts drawn, most interesting first; a page with fifty of them helps nobody.
 const CHARTS: usize = 6;
 
-fn page(runs: &[Recorded], differences: &[Option<Difference>], verdict: &Words) -> String {
+fn page(runs: &[Recorded], differences: &[Option<Difference>], verdict: &Words) -> Result<String, Failure> {
     let mut out = String::new();
     let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
     let title = escape(&names.join(" and "));
@@ -183,8 +182,14 @@ fn page(runs: &[Recorded], differences: &[Option<Difference>], verdict: &Words) 
         .flatten()
         .find_map(|difference| difference.parting.as_ref())
         .map(|at| at.step);
-    for name in logged(&runs[0]).into_iter().take(CHARTS) {
-        charted(&mut out, runs, &name, parts);
+    let names = logged(&runs[0])?;
+    let mut curves = Vec::new();
+    for run in runs {
+        curves.push(curves_of(run, &names)?);
+    }
+    for (index, name) in names.iter().enumerate() {
+        let curves = curves.iter().map(|of_run| of_run[index].clone()).collect();
+        charted(&mut out, runs, name, curves, parts);
     }
     for run in runs {
         if runs.len() > 1 {
@@ -195,23 +200,17 @@ fn page(runs: &[Recorded], differences: &[Option<Difference>], verdict: &Words) 
         environment_table(&mut out, run);
     }
     out.push_str("</main></body></html>\n");
-    out
+    Ok(out)
 }
 
 fn facts(out: &mut String, runs: &[Recorded]) {
     out.push_str("<dl class=\"facts\">");
     for run in runs {
-        let last = run.journal.boundaries.last().map_or(0, |boundary| boundary.step);
-        let new: u64 = run
-            .overview
-            .checkpoints
-            .iter()
-            .map(|checkpoint| checkpoint.info().new_bytes)
-            .sum();
+        let new: u64 = run.saves().iter().filter_map(|save| save.new_bytes).sum();
         for (name, text) in [
-            ("steps", last.to_string()),
-            ("lives", run.journal.lives.len().to_string()),
-            ("executed again", run.executed_again().to_string()),
+            ("steps", run.totals.last.to_string()),
+            ("lives", run.story.lives.len().to_string()),
+            ("executed again", run.totals.again.to_string()),
             ("checkpoints", run.overview.checkpoints.len().to_string()),
             ("written for them", size(new)),
             ("seed", run.overview.seed.to_string()),
@@ -225,11 +224,11 @@ fn facts(out: &mut String, runs: &[Recorded]) {
     out.push_str("</dl>\n");
 }
 
-/// Names of logged numbers, `loss` first.
-fn logged(run: &Recorded) -> Vec<String> {
+/// Names of the logged numbers that are drawn, `loss` first.
+fn logged(run: &Recorded) -> Result<Vec<String>, Failure> {
     let mut names: Vec<String> = Vec::new();
-    for boundary in run.journal.boundaries.iter().take(200) {
-        for (name, component) in &boundary.components {
+    for boundary in run.boundaries().take(200) {
+        for (name, component) in &boundary?.components {
             let number = matches!(component, Component::Float(_) | Component::Int(_));
             if number && (name.starts_with("log/") || name.starts_with("lr/")) && !names.contains(name) {
                 names.push(name.clone());
@@ -237,75 +236,60 @@ fn logged(run: &Recorded) -> Vec<String> {
         }
     }
     names.sort_by_key(|name| (name != "log/loss", !name.starts_with("log/")));
-    names
+    names.truncate(CHARTS);
+    Ok(names)
 }
 
-fn curve(run: &Recorded, name: &str) -> Curve {
-    let points = run.journal.boundaries.iter().filter_map(|boundary| {
-        let (_, component) = boundary.components.iter().find(|(found, _)| found == name)?;
-        match component {
-            Component::Float(bits) => Some((boundary.step, f64::from_bits(*bits))),
-            Component::Int(number) => Some((boundary.step, *number as f64)),
-            _ => None,
-        }
-    });
-    Curve {
+/// A curve for each name, in one pass.
+fn curves_of(run: &Recorded, names: &[String]) -> Result<Vec<Curve>, Failure> {
+    let empty = Curve {
         name: run.name.clone(),
-        points: points.collect(),
+        points: Vec::new(),
+    };
+    let mut curves = vec![empty; names.len()];
+    for boundary in run.boundaries() {
+        let boundary = boundary?;
+        for (name, component) in &boundary.components {
+            let Some(index) = names.iter().position(|wanted| wanted == name) else {
+                continue;
+            };
+            match component {
+                Component::Float(bits) => curves[index].push(boundary.step, f64::from_bits(*bits)),
+                Component::Int(number) => curves[index].push(boundary.step, *number as f64),
+                _ => {}
+            }
+        }
     }
+    Ok(curves)
 }
 
 /// Each life's stretch: from the checkpoint it started from to the last boundary that it recorded.
 fn bands(run: &Recorded) -> Vec<Band> {
-    let mut last: BTreeMap<u32, u64> = BTreeMap::new();
-    for boundary in &run.journal.boundaries {
-        for life in &boundary.lives {
-            last.insert(*life, boundary.step);
-        }
-    }
-    let count = run.journal.lives.len();
-    let lives = run.journal.lives.iter().enumerate();
+    let count = run.story.lives.len();
+    let lives = run.story.lives.iter().enumerate();
     lives
         .map(|(index, header)| Band {
             life: header.life,
             from: header.step,
-            to: last.get(&header.life).copied().unwrap_or(header.step),
+            to: run
+                .totals
+                .lives
+                .get(&header.life)
+                .map_or(header.step, |(last, _)| *last),
             cut: index + 1 < count,
         })
         .collect()
 }
 
-/// Stretches of steps that more than one life executed.
-fn again(run: &Recorded) -> Vec<(u64, u64)> {
-    let mut stretches: Vec<(u64, u64)> = Vec::new();
-    for boundary in run
-        .journal
-        .boundaries
-        .iter()
-        .filter(|boundary| boundary.lives.len() > 1 && boundary.phase == 0)
-    {
-        match stretches.last_mut() {
-            Some((_, to)) if *to + 1 == boundary.step => *to = boundary.step,
-            _ => stretches.push((boundary.step, boundary.step)),
-        }
-    }
-    stretches
-}
-
-fn charted(out: &mut String, runs: &[Recorded], name: &str, parts: Option<u64>) {
+fn charted(out: &mut String, runs: &[Recorded], name: &str, curves: Vec<Curve>, parts: Option<u64>) {
     // Lives of several runs over each other would tell nothing: those of the last one, the one in question.
     let shown = &runs[runs.len() - 1];
     let chart = Chart {
         title: format!("{name} over the steps"),
-        curves: runs.iter().map(|run| curve(run, name)).collect(),
+        curves,
         bands: bands(shown),
-        again: again(shown),
-        saves: shown
-            .overview
-            .checkpoints
-            .iter()
-            .map(|checkpoint| checkpoint.info().step)
-            .collect(),
+        again: shown.totals.stretches.clone(),
+        saves: shown.saves().iter().map(|save| (save.step, save.held)).collect(),
         parts,
     };
     let short = name.strip_prefix("log/").unwrap_or(name);
@@ -332,7 +316,8 @@ fn legend(runs: &[Recorded]) -> String {
     }
     out.push_str(
         " <span class=\"key key-life\"></span>a life <span class=\"key key-kill\"></span>its end \
-         <span class=\"key key-again\"></span>executed again <span class=\"key key-save\"></span>checkpoint",
+         <span class=\"key key-again\"></span>executed again <span class=\"key key-save\"></span>checkpoint \
+         <span class=\"key key-gone\"></span>no longer there",
     );
     out
 }
@@ -378,20 +363,18 @@ fn moment(time: &str) -> String {
 fn lives_table(out: &mut String, run: &Recorded) {
     let bands = bands(run);
     let rows: Vec<Vec<String>> = run
-        .journal
+        .story
         .lives
         .iter()
         .zip(&bands)
         .map(|(header, band)| {
-            let again = run.journal.boundaries.iter().filter(|boundary| {
-                boundary.lives.contains(&header.life) && boundary.lives.first() != Some(&header.life)
-            });
+            let again = run.totals.lives.get(&header.life).map_or(0, |(_, again)| *again);
             vec![
                 header.life.to_string(),
                 moment(&header.created),
                 boundary_words(header.step, header.phase),
                 band.to.to_string(),
-                again.count().to_string(),
+                again.to_string(),
                 ending_words(run, band),
             ]
         })
@@ -405,10 +388,10 @@ fn lives_table(out: &mut String, run: &Recorded) {
 }
 
 fn ending_words(run: &Recorded, band: &Band) -> String {
-    let events = || run.journal.events.iter().filter(|event| event.life == band.life);
-    let field = |event: &Event, name: &str| match event.fields.iter().find(|(field, _)| field == name) {
-        Some((_, Value::Str(text))) => text.clone(),
-        Some((_, other)) => value(other),
+    let events = || run.story.events.iter().filter(|event| event.life == band.life);
+    let field = |event: &Event, name: &str| match field(&event.fields, name) {
+        Some(Value::Str(text)) => text.clone(),
+        Some(other) => value(other),
         None => String::new(),
     };
     if let Some(event) = events().find(|event| event.kind == "diverged") {
@@ -429,25 +412,27 @@ fn ending_words(run: &Recorded, band: &Band) -> String {
 }
 
 fn checkpoints_table(out: &mut String, run: &Recorded) {
+    let words = |number: Option<u64>, words: fn(u64) -> String| number.map_or(String::new(), words);
     let rows: Vec<Vec<String>> = run
-        .overview
-        .checkpoints
-        .iter()
-        .map(|checkpoint| {
-            let info = checkpoint.info();
+        .saves()
+        .into_iter()
+        .map(|save| {
             vec![
-                info.step.to_string(),
-                phase_words(info.phase).to_owned(),
-                info.life.to_string(),
-                moment(&info.created),
-                size(info.size_bytes),
-                size(info.new_bytes),
-                if info.pinned {
-                    "pinned".to_owned()
-                } else {
-                    String::new()
-                },
-                info.name.clone(),
+                save.step.to_string(),
+                phase_words(save.phase).to_owned(),
+                save.life.to_string(),
+                moment(&save.created),
+                words(save.size_bytes, size),
+                words(save.new_bytes, size),
+                words(save.durable_us, duration),
+                words(save.commit_us, duration),
+                match (save.held, save.pinned) {
+                    (true, true) => "pinned",
+                    (true, false) => "",
+                    (false, _) => "no longer there",
+                }
+                .to_owned(),
+                save.name,
             ]
         })
         .collect();
@@ -458,10 +443,12 @@ fn checkpoints_table(out: &mut String, run: &Recorded) {
         "created",
         "size",
         "new bytes",
+        "time to durable",
+        "of it writing",
         "",
         "name",
     ];
-    table(out, "Checkpoints that are there", &head, &rows);
+    table(out, "Checkpoints", &head, &rows);
 }
 
 /// What each life ran on, as far as its checkpoints say: one column a life, names that differ marked.
@@ -531,11 +518,12 @@ svg{display:block;width:100%;height:auto}
 .life-3{fill:var(--l3)}.life-4{fill:var(--l4)}.life-5{fill:var(--l5)}
 .kill{stroke:var(--bad);stroke-width:1.2}.kill-mark{fill:var(--bad);font-size:12px}
 .resume{stroke:var(--good);stroke-width:1;stroke-dasharray:3 3}
-.again{fill:var(--again)}.save{fill:var(--save)}
+.again{fill:var(--again)}.save{fill:var(--save);stroke:var(--save)}.save.gone{fill:none}
 .parts{stroke:var(--bad);stroke-width:2.2}.parts-mark{fill:var(--bad);font-size:12px;font-weight:600}
 .key{display:inline-block;width:12px;height:12px;margin:0 5px 0 12px;vertical-align:-1px;border-radius:2px}
 .key-0{background:var(--c0)}.key-1{background:var(--c1)}.key-2{background:var(--c2)}
 .key-life{background:var(--l0);opacity:.3}.key-kill{background:var(--bad);width:3px}
+.key-gone{border:1px solid var(--save);clip-path:none;border-radius:50%;width:8px;height:8px;vertical-align:1px}
 .key-again{background:var(--again)}.key-save{background:var(--save);clip-path:polygon(50% 0,100% 100%,0 100%)}
 .wide{overflow-x:auto;margin:24px 0}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;min-width:100%}

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use unbroken::journal::Journal;
+use unbroken::journal::Story;
 use unbroken::run::{self, Overview};
 use unbroken::store::Checkpoint;
 
@@ -43,9 +43,9 @@ pub(crate) fn open_run(path: &Path) -> Result<Overview, Failure> {
     Ok(run::read_run(path)?)
 }
 
-/// Reads a run's journal.
-pub(crate) fn open_journal(path: &Path) -> Result<Journal, Failure> {
-    Ok(run::read_journal(path)?)
+/// Opens a run's journal.
+pub(crate) fn open_story(path: &Path) -> Result<Story, Failure> {
+    Ok(run::read_story(path)?)
 }
 
 /// Opens the checkpoint that RUN or RUN@STEP names, or a manifest's own path. Its tensors are verified as they are
@@ -65,9 +65,8 @@ pub(crate) fn choose(
     overview: Overview,
     streams: &mut Streams,
 ) -> Result<Checkpoint, Failure> {
-    let path = target.path.display();
-    let rejected = overview.rejected;
     let Some(step) = target.step else {
+        let (path, rejected) = (target.path.display(), overview.rejected);
         let Some(checkpoint) = overview.checkpoints.into_iter().next_back() else {
             let failure = Failure::new(format!("{path} holds no whole checkpoint"));
             return Err(match rejected.first() {
@@ -80,26 +79,26 @@ pub(crate) fn choose(
         }
         return Ok(checkpoint);
     };
-    let steps: Vec<u64> = overview
-        .checkpoints
-        .iter()
-        .map(|checkpoint| checkpoint.info().step)
-        .collect();
     let found = overview
         .checkpoints
-        .into_iter()
-        .rfind(|checkpoint| checkpoint.info().step == step);
-    found.ok_or_else(|| {
-        if let Some((_, why)) = rejected
-            .iter()
-            .find(|(name, _)| name.starts_with(&format!("{step:09}-")))
-        {
-            return Failure::new(format!(
-                "the checkpoint of step {step} in {path} is damaged: {why}"
-            ));
-        }
-        Failure::new(format!("{path} has no checkpoint of step {step}")).hint(near(step, &steps))
-    })
+        .iter()
+        .rfind(|checkpoint| checkpoint.info().step == step)
+        .cloned();
+    found.ok_or_else(|| missing(target, step, &overview))
+}
+
+/// Says that there is no whole checkpoint of a step, and which ones there are.
+pub(crate) fn missing(target: &Target, step: u64, overview: &Overview) -> Failure {
+    let path = target.path.display();
+    let of_step = |(name, _): &&(String, unbroken::Error)| name.starts_with(&format!("{step:09}-"));
+    if let Some((_, why)) = overview.rejected.iter().find(of_step) {
+        return Failure::new(format!(
+            "the checkpoint of step {step} in {path} is damaged: {why}"
+        ));
+    }
+    let infos = overview.checkpoints.iter().map(Checkpoint::info);
+    let steps: Vec<u64> = infos.map(|info| info.step).collect();
+    Failure::new(format!("{path} has no checkpoint of step {step}")).hint(near(step, &steps))
 }
 
 /// Says which steps there are instead.

@@ -2,7 +2,12 @@
 //!
 //! Touches: a run directory, read only, without its lock.
 
+use std::path::Path;
+
 use serde_json::{Value as Json, json};
+use unbroken::Digest;
+use unbroken::journal::Story;
+use unbroken::run::{Overview, read_story_with};
 use unbroken::store::Checkpoint;
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
@@ -29,18 +34,39 @@ pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
     for (name, why) in &run.rejected {
         report.damaged(name, why.to_string(), streams)?;
     }
-    let journal = target::open_journal(&target.path)?;
-    let begun = journal.last.is_some_and(|(step, _)| step > 0) || journal.unreadable || journal.foreign;
+    let (story, flaws) = look_at_journal(&target.path, &run)?;
+    let begun = story.last.is_some_and(|(step, _)| step > 0) || story.unreadable || story.foreign;
     if begun && run.checkpoints.is_empty() && run.rejected.is_empty() {
         let why = "no checkpoint of this run is there, though its journal is".to_owned();
         report.damaged("checkpoints", why, streams)?;
     }
     if !command.json {
-        for warning in &journal.warnings {
+        for warning in &flaws {
             streams.say(format!("damaged  journal: {}", line(warning)))?;
         }
     }
-    report.close(Some(journal.warnings), streams)
+    report.close(Some(flaws), streams)
+}
+
+/// What is wrong with the journal: damage, segments and records that are missing, lives that wrote at the same time.
+fn look_at_journal(path: &Path, run: &Overview) -> Result<(Story, Vec<String>), Failure> {
+    let infos = || run.checkpoints.iter().map(Checkpoint::info);
+    let heads: Vec<Digest> = infos().map(|info| info.journal_head).collect();
+    let story = read_story_with(path, &heads)?;
+    let mut boundaries = story.boundaries();
+    for boundary in boundaries.by_ref() {
+        boundary?;
+    }
+    let mut flaws = story.warnings.clone();
+    flaws.extend(boundaries.conflict_words());
+    let lost = infos().filter(|info| !story.has_head(&info.journal_head));
+    flaws.extend(lost.map(|info| {
+        format!(
+            "the record that checkpoint {} was made at is not there",
+            info.name
+        )
+    }));
+    Ok((story, flaws))
 }
 
 struct Report<'a> {

@@ -38,6 +38,16 @@ pub(crate) fn size(bytes: u64) -> String {
     format!("{number:.1} {}", UNITS[unit])
 }
 
+/// A duration for people: `830 us`, `12.4 ms`, `3.1 s`.
+pub(crate) fn duration(micros: u64) -> String {
+    let number = micros as f64;
+    match micros {
+        0..1_000 => format!("{micros} us"),
+        1_000..1_000_000 => format!("{:.1} ms", number / 1e3),
+        _ => format!("{:.1} s", number / 1e6),
+    }
+}
+
 /// `1 checkpoint`, `3 checkpoints`.
 pub(crate) fn count(number: usize, what: &str) -> String {
     if number == 1 {

@@ -30,6 +30,20 @@ pub enum Change {
         /// How.
         elements: Elements,
     },
+    /// Its numbers differ, and are not at hand: digests of what they are.
+    Content {
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// Its numbers are the same, and it lies in memory in another way.
+    Layout {
+        /// What was expected, for people.
+        expected: String,
+        /// What was found, for people.
+        found: String,
+    },
     /// Its shape, dtype or type differs, or it is a plain value with another value.
     Value {
         /// What was expected, for people.
@@ -41,6 +55,8 @@ pub enum Change {
     Missing,
     /// It was not expected.
     Extra,
+    /// Neither its numbers nor a digest of them are at hand.
+    Unknown,
 }
 
 /// One leaf that differs.

@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest;
 use crate::journal::{self, Segment};
-use crate::localise::words;
+use crate::outline::value_words as words;
 use crate::run;
 use crate::store::{Checkpoint, is_damage};
 

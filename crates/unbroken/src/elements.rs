@@ -1,9 +1,13 @@
-//! Two arrays of one dtype, element by element: how many differ, how far apart, and in which tell-tale way.
+//! Elements of tensors: a view's in its own order, and two arrays' differences: how many, how far apart, and in which
+//! tell-tale way.
 //!
 //! Touches: the bytes it is given, read only. Knows the dtypes whose elements are whole bytes; bytes of any other dtype
 //! are compared byte by byte.
 
+use std::borrow::Cow;
+
 use crate::format::manifest::element_size;
+use crate::state::Tensor;
 
 /// What a comparison found. Distances count representable numbers between two (units in the last place).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,6 +130,90 @@ pub fn compare(dtype: &str, expected: &[u8], found: &[u8]) -> Option<Elements> {
     Some(result)
 }
 
+/// The bytes of a view's elements in row-major order; `None` for dtypes that only a front knows.
+///
+/// The view lies inside `storage`: readers of manifests check that. Where its elements follow each other already,
+/// nothing is copied.
+pub fn row_major<'a>(tensor: &Tensor, storage: &'a [u8]) -> Option<Cow<'a, [u8]>> {
+    let width = usize::try_from(element_size(&tensor.dtype)?).expect("an element is a few bytes");
+    let count: u64 = tensor.shape.iter().product();
+    if count == 0 {
+        return Some(Cow::Borrowed(&[]));
+    }
+    let length = usize::try_from(count).expect("a view lies in memory") * width;
+    let start = usize::try_from(tensor.offset).expect("a view lies in its storage") * width;
+    let mut dimensions = merged(tensor);
+    let (inner, stride) = dimensions.pop().unwrap_or((1, 1));
+    if dimensions.is_empty() && stride == 1 {
+        return Some(Cow::Borrowed(&storage[start..start + length]));
+    }
+    let mut out = Vec::with_capacity(length);
+    let mut index = vec![0u64; dimensions.len()];
+    let mut position = i64::try_from(tensor.offset).expect("a view lies in its storage");
+    loop {
+        gather(&mut out, storage, width, position, inner, stride);
+        let mut dimension = dimensions.len();
+        loop {
+            if dimension == 0 {
+                return Some(Cow::Owned(out));
+            }
+            dimension -= 1;
+            let (size, stride) = dimensions[dimension];
+            index[dimension] += 1;
+            position += stride;
+            if index[dimension] < size {
+                break;
+            }
+            position -= stride * i64::try_from(size).expect("a view lies in its storage");
+            index[dimension] = 0;
+        }
+    }
+}
+
+/// (size, stride) of a view's dimensions without those of size 1, neighbours that are one run of elements joined.
+fn merged(tensor: &Tensor) -> Vec<(u64, i64)> {
+    let mut out: Vec<(u64, i64)> = Vec::with_capacity(tensor.shape.len());
+    for (&size, &stride) in tensor.shape.iter().zip(&tensor.strides) {
+        if size == 1 {
+            continue;
+        }
+        match out.last_mut() {
+            Some((outer, step))
+                if i64::try_from(size).ok().and_then(|size| stride.checked_mul(size)) == Some(*step) =>
+            {
+                (*outer, *step) = (*outer * size, stride);
+            }
+            _ => out.push((size, stride)),
+        }
+    }
+    out
+}
+
+/// Appends `count` elements from `position` on, `stride` elements apart.
+fn gather(out: &mut Vec<u8>, storage: &[u8], width: usize, position: i64, count: u64, stride: i64) {
+    let at = |position: i64| usize::try_from(position).expect("a view lies in its storage") * width;
+    let count = usize::try_from(count).expect("a view lies in its storage");
+    if stride == 1 {
+        out.extend_from_slice(&storage[at(position)..at(position) + count * width]);
+        return;
+    }
+    match width {
+        2 => spread::<2>(out, storage, position, count, stride),
+        4 => spread::<4>(out, storage, position, count, stride),
+        8 => spread::<8>(out, storage, position, count, stride),
+        _ => (0..count as i64).for_each(|index| {
+            let start = at(position + index * stride);
+            out.extend_from_slice(&storage[start..start + width]);
+        }),
+    }
+}
+
+/// [`gather`] for one width, which the compiler then knows.
+fn spread<const WIDTH: usize>(out: &mut Vec<u8>, storage: &[u8], position: i64, count: usize, stride: i64) {
+    let (elements, _) = storage.as_chunks::<WIDTH>();
+    out.extend((0..count as i64).flat_map(|index| elements[(position + index * stride) as usize]));
+}
+
 /// Up to eight little-endian bytes as a number.
 fn word(bytes: &[u8]) -> u64 {
     bytes
@@ -235,6 +323,70 @@ mod tests {
 
     fn next(value: f32) -> f32 {
         f32::from_bits(value.to_bits() + 1)
+    }
+
+    fn view(dtype: &str, shape: &[u64], strides: &[i64], offset: u64) -> Tensor {
+        Tensor {
+            dtype: dtype.into(),
+            shape: shape.to_vec(),
+            strides: strides.to_vec(),
+            offset,
+            storage: 0,
+            device: "cpu".into(),
+            attrs: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn views_give_their_elements_in_row_major_order() {
+        for (shape, strides, offset, expected) in [
+            (&[2, 3][..], &[3, 1][..], 0, vec![0, 1, 2, 3, 4, 5]),
+            (&[2, 3], &[1, 2], 1, vec![1, 3, 5, 2, 4, 6]),
+            (&[3], &[-2], 11, vec![11, 9, 7]),
+            (&[2, 2], &[0, 1], 4, vec![4, 5, 4, 5]),
+            (&[], &[], 7, vec![7]),
+            (&[0, 5], &[5, 1], 0, vec![]),
+            (&[1, 4], &[99, 1], 8, vec![8, 9, 10, 11]),
+            (&[2, 2, 3], &[6, 3, 1], 0, (0..12).collect()),
+            (
+                &[2, 3, 2],
+                &[1, 4, 2],
+                0,
+                vec![0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11],
+            ),
+        ] {
+            for (dtype, width) in [
+                ("uint8", 1),
+                ("int16", 2),
+                ("float32", 4),
+                ("int64", 8),
+                ("complex128", 16),
+            ] {
+                let spread = |elements: &[u8]| -> Vec<u8> {
+                    elements
+                        .iter()
+                        .flat_map(|element| vec![*element; width])
+                        .collect()
+                };
+                let storage = spread(&(0..12).collect::<Vec<u8>>());
+                let found = row_major(&view(dtype, shape, strides, offset), &storage).unwrap();
+                assert_eq!(found.as_ref(), spread(&expected), "{dtype} {shape:?} {strides:?}");
+            }
+        }
+        assert_eq!(row_major(&view("int4", &[2], &[1], 0), &[0]), None);
+    }
+
+    #[test]
+    fn elements_that_follow_each_other_are_not_copied() {
+        let storage = [0u8; 24];
+        for (shape, strides) in [
+            (&[2, 3][..], &[3, 1][..]),
+            (&[6, 1], &[1, 77]),
+            (&[1, 1, 5], &[5, 5, 1]),
+        ] {
+            let found = row_major(&view("float32", shape, strides, 0), &storage);
+            assert!(matches!(found, Some(Cow::Borrowed(_))), "{shape:?}");
+        }
     }
 
     #[test]

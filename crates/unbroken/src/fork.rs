@@ -6,9 +6,8 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::format::journal::Component;
 use crate::format::manifest::{self, Manifest};
-use crate::journal::{self, JOURNAL, Journal};
+use crate::journal::{JOURNAL, Story};
 use crate::run::{self, LOCK, Options, Run};
 use crate::state::Value;
 use crate::storage::Directory;
@@ -69,7 +68,7 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
             "checkpoint `{name}` is of run {other}, not of the run whose directory it lies in"
         )));
     }
-    let history = journal::read(from, &config.id, None)?;
+    let history = Story::open(from, &config.id)?;
     let staging = stage(place)?;
     let options = Options {
         seed: Some(config.seed),
@@ -186,7 +185,7 @@ pub(crate) fn copy(from: &Directory, to: &Directory, name: &str, as_name: &str) 
 }
 
 /// Begins the new journal with where it comes from and what the source recorded until there.
-fn record_history(new: &Run, source: &Checkpoint, history: &Journal) -> Result<usize> {
+fn record_history(new: &Run, source: &Checkpoint, history: &Story) -> Result<usize> {
     let info = source.info();
     let text = |text: &str| Value::Str(text.to_owned());
     let fields = vec![
@@ -200,19 +199,18 @@ fn record_history(new: &Run, source: &Checkpoint, history: &Journal) -> Result<u
     ];
     new.event(FORKED, info.step, fields)?;
     let until = (info.step, info.phase);
-    let earlier = history
-        .boundaries
-        .iter()
-        .take_while(|boundary| (boundary.step, boundary.phase) <= until);
     let mut count = 0;
-    for boundary in earlier {
-        let components: Vec<(String, Component)> = boundary.components.clone();
+    for boundary in history.boundaries() {
+        let boundary = boundary?;
+        if (boundary.step, boundary.phase) > until {
+            break;
+        }
         new.record(
             boundary.step,
             boundary.phase,
             boundary.epoch,
             boundary.position,
-            components,
+            boundary.components,
         )?;
         count += 1;
     }
@@ -220,7 +218,7 @@ fn record_history(new: &Run, source: &Checkpoint, history: &Journal) -> Result<u
 }
 
 /// What the source was forked from, and that in turn, the nearest first.
-fn ancestors(history: &Journal) -> Vec<Value> {
+fn ancestors(history: &Story) -> Vec<Value> {
     let Some(event) = history.events.iter().find(|event| event.kind == FORKED) else {
         return Vec::new();
     };

@@ -1,16 +1,28 @@
 //! The journal on disk: one segment a life, appended to and never rewritten, read back as one story.
 //!
-//! Touches: one [`Directory`], in `journal/` and `tmp/`. No clocks, no globals. A torn last record is normal after a
-//! crash; damage before the end is named and costs what follows it in that segment, never a checkpoint.
+//! Touches: one [`Directory`], in `journal/` and `tmp/`. No clocks, no globals. Segments are read a piece at a time,
+//! however long they are. A torn last record is normal after a crash; damage before the end is named and costs what
+//! follows it in that segment, never a checkpoint.
 
-use std::collections::{BTreeMap, HashSet};
+mod resume;
+mod segment;
+mod story;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::journal::{self, Component, Ending, Record, SegmentHeader, SegmentReader};
+use crate::format::journal::{self, Component, Record, SegmentHeader};
+use crate::format::saved::{self, Node, Outline, SAVED, Saved};
 use crate::state::Value;
-use crate::storage::{Directory, File, Source, Syncer};
+use crate::storage::{Directory, File, Syncer};
 use crate::store::temporary_name;
+
+pub(crate) use resume::{From, Tail, resume};
+pub(crate) use segment::{Segment, reader, segments, told};
+pub use story::{Boundaries, Save, Story};
 
 /// Directory of the segments.
 pub(crate) const JOURNAL: &str = "journal";
@@ -25,8 +37,11 @@ pub const DIVERGED: &str = "diverged";
 /// How the warning of a life ends that goes on from a record that is not there.
 pub(crate) const NO_EARLIER: &str = "which no earlier segment has";
 
-/// The largest segment that is read, in bytes: a million steps of one life, and what a stranger's may cost in memory.
-pub(crate) const MAX_SEGMENT: u64 = 2 << 30;
+/// The largest segment that is read, in bytes: ten million steps of one life.
+pub(crate) const MAX_SEGMENT: u64 = 16 << 30;
+
+/// (step, phase) of a boundary.
+pub(crate) type Place = (u64, u8);
 
 /// What one boundary was made of, and which lives executed the step before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +58,12 @@ pub struct Boundary {
     pub components: Vec<(String, Component)>,
     /// Lives that recorded it, oldest first.
     pub lives: Vec<u32>,
+}
+
+impl Boundary {
+    pub(crate) fn place(&self) -> Place {
+        (self.step, self.phase)
+    }
 }
 
 /// The first component in which a boundary differs from another record of it.
@@ -75,42 +96,60 @@ pub struct Event {
     pub time: String,
 }
 
-/// The segments of all lives, joined.
+/// A whole journal in memory, for short ones; a [`Story`] is read step by step.
 #[derive(Clone, Debug, Default)]
 pub struct Journal {
     /// Each boundary once, in order.
     pub boundaries: Vec<Boundary>,
-    /// Events, in the order of lives.
+    /// Events other than [`SAVED`], in the order of lives.
     pub events: Vec<Event>,
+    /// Checkpoints as they were saved, in the order of lives.
+    pub saves: Vec<Save>,
     /// What each readable segment says of itself, in the order of lives.
     pub lives: Vec<SegmentHeader>,
     /// What is damaged or cannot be followed.
     pub warnings: Vec<String>,
     /// Highest life that has a segment, readable or not.
     pub last_life: u32,
-    /// Whether some segment cannot be read at all.
-    pub unreadable: bool,
-    /// Whether some segment is of another run.
-    pub foreign: bool,
-    /// Highest (step, phase) that any life recorded, whatever was asked for.
-    pub last: Option<(u64, u8)>,
-    /// Chain hashes that a later life or a checkpoint may name.
-    heads: HashSet<Digest>,
 }
 
 impl Journal {
-    /// Whether a chain hash is in the readable part.
-    pub fn has_head(&self, head: &Digest) -> bool {
-        self.heads.contains(head)
-    }
-
     /// The boundary at (step, phase), if it was recorded.
     pub fn at(&self, step: u64, phase: u8) -> Option<&Boundary> {
         let found = self
             .boundaries
-            .binary_search_by_key(&(step, phase), |boundary| (boundary.step, boundary.phase));
+            .binary_search_by_key(&(step, phase), Boundary::place);
         found.ok().map(|index| &self.boundaries[index])
     }
+}
+
+/// Reads all segments of a run and joins them.
+///
+/// # Errors
+///
+/// Only where a segment that is there cannot be read for another reason than its content.
+pub fn read(directory: &Directory, run_id: &str) -> Result<Journal> {
+    let story = Story::open(directory, run_id)?;
+    let mut boundaries = story.boundaries();
+    let collected = boundaries.by_ref().collect::<Result<_>>()?;
+    let mut warnings = story.warnings.clone();
+    warnings.extend(boundaries.conflict_words());
+    Ok(Journal {
+        boundaries: collected,
+        events: story.events,
+        saves: story.saves,
+        lives: story.lives,
+        warnings,
+        last_life: story.last_life,
+    })
+}
+
+/// The field of an event, if it has it.
+pub fn field<'a>(fields: &'a [(String, Value)], name: &str) -> Option<&'a Value> {
+    fields
+        .iter()
+        .find(|(found, _)| found == name)
+        .map(|(_, value)| value)
 }
 
 /// The first component in which a boundary differs from what was recorded for it: its name, what was recorded, what
@@ -174,254 +213,6 @@ pub(crate) fn parse_segment_name(name: &str) -> Option<(u32, u32)> {
     (segment_name(life, part) == format!("{JOURNAL}/{name}")).then_some((life, part))
 }
 
-/// Reads one segment's file. One that is nothing but zeros, the trace of a power cut or a file of holes, is as an empty one.
-fn read_segment(directory: &Directory, name: &str) -> Result<Vec<u8>> {
-    let source = directory.open(name)?;
-    let length = source.len()?;
-    if length <= MAX_SEGMENT && only_zeros(&source, length)? {
-        return Ok(Vec::new());
-    }
-    source.read_all(MAX_SEGMENT)
-}
-
-/// Whether a file holds nothing but zeros, in little memory; the first bytes of one that was written tell.
-fn only_zeros(source: &Source, length: u64) -> Result<bool> {
-    let zeros = vec![0; length.min(1 << 20) as usize];
-    let mut piece = zeros.clone();
-    let mut done = 0;
-    while done < length {
-        let count = (length - done).min(piece.len() as u64) as usize;
-        source.read_exact_at(done, &mut piece[..count])?;
-        if piece[..count] != zeros[..count] {
-            return Ok(false);
-        }
-        done += count as u64;
-    }
-    Ok(true)
-}
-
-/// Reads all segments of a run and joins them.
-///
-/// Boundaries up to and including `after` are checked and counted, and not returned.
-///
-/// # Errors
-///
-/// Only where a segment that is there cannot be read for another reason than its content.
-pub fn read(directory: &Directory, run_id: &str, after: Option<(u64, u8)>) -> Result<Journal> {
-    let mut journal = Journal::default();
-    let mut segments = BTreeMap::new();
-    for name in directory.list_if_there(JOURNAL)? {
-        match parse_segment_name(&name) {
-            // A later part of a life is a copy of the earlier one, made when that could not be synced.
-            Some((life, part)) => {
-                let newest = segments.entry(life).or_insert(part);
-                *newest = part.max(*newest);
-            }
-            None => journal
-                .warnings
-                .push(format!("`{JOURNAL}/{name}` is no journal segment; left alone")),
-        }
-    }
-    let mut joined = BTreeMap::new();
-    for (life, part) in segments {
-        journal.last_life = life;
-        let name = segment_name(life, part);
-        let outcome = read_segment(directory, &name).and_then(|bytes| {
-            let reader = SegmentReader::new(&bytes).map_err(|flaw| flaw.at(directory.path(&name)))?;
-            journal.join(&name, run_id, life, reader, after, &mut joined);
-            Ok(())
-        });
-        match outcome {
-            Ok(()) => {}
-            Err(error) if crate::store::is_damage(&error) => {
-                journal.unreadable = true;
-                journal
-                    .warnings
-                    .push(format!("{error}; what life {life} recorded cannot be verified"));
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    journal.boundaries = joined.into_values().collect();
-    Ok(journal)
-}
-
-impl Journal {
-    fn join(
-        &mut self,
-        name: &str,
-        run_id: &str,
-        life: u32,
-        mut reader: SegmentReader,
-        after: Option<(u64, u8)>,
-        joined: &mut BTreeMap<(u64, u8), Boundary>,
-    ) {
-        let Some(header) = reader.header().cloned() else {
-            return;
-        }; // Torn before it said anything.
-        if header.run_id != run_id || header.life != life {
-            let (run, other) = (&header.run_id, header.life);
-            self.foreign |= header.run_id != run_id;
-            self.warnings
-                .push(format!("`{name}` is of life {other} of run {run}; left alone"));
-            return;
-        }
-        if header.previous != Digest([0; 32]) && !self.heads.contains(&header.previous) {
-            let (step, previous) = (header.step, header.previous.short());
-            self.warnings.push(format!(
-                "`{name}` goes on from step {step} and record {previous}, {NO_EARLIER}"
-            ));
-        }
-        self.lives.push(header);
-        self.heads.insert(reader.head());
-        let mut stopped = false;
-        // This life's last boundary, and what it took the place of.
-        let mut last = None;
-        let mut replaced: Option<Boundary> = None;
-        for entry in reader.by_ref() {
-            self.heads.insert(entry.chain);
-            match entry.record {
-                Record::Boundary {
-                    step,
-                    phase,
-                    epoch,
-                    position,
-                    components,
-                } => {
-                    let key = (step, phase);
-                    self.last = self.last.max(Some(key));
-                    if stopped {
-                        continue;
-                    }
-                    last = Some(key);
-                    replaced = joined.remove(&key);
-                    if after.is_some_and(|after| key <= after) {
-                        continue;
-                    }
-                    let mut lives = replaced
-                        .as_ref()
-                        .map_or_else(Vec::new, |earlier| earlier.lives.clone());
-                    lives.push(life);
-                    joined.insert(
-                        key,
-                        Boundary {
-                            step,
-                            phase,
-                            epoch,
-                            position,
-                            components,
-                            lives,
-                        },
-                    );
-                }
-                Record::Event {
-                    kind,
-                    step,
-                    fields,
-                    time,
-                } => {
-                    if kind == DIVERGED && !stopped {
-                        let went_on = fields
-                            .iter()
-                            .any(|(name, value)| name == "went_on" && *value == Value::Bool(true));
-                        stopped = !went_on;
-                        match (last, replaced.take()) {
-                            (Some(key), _) if went_on => {
-                                if let Some(boundary) = joined.get_mut(&key) {
-                                    boundary.lives = vec![life];
-                                }
-                                joined.retain(|other, boundary| *other <= key || boundary.lives == [life]);
-                            }
-                            (Some(key), Some(earlier)) => drop(joined.insert(key, earlier)),
-                            (Some(key), None) => drop(joined.remove(&key)),
-                            (None, _) => {}
-                        }
-                    }
-                    self.events.push(Event {
-                        life,
-                        kind,
-                        step,
-                        fields,
-                        time,
-                    });
-                }
-            }
-        }
-        if let Ending::Damaged {
-            offset,
-            after_step,
-            what,
-            ..
-        } = reader.ending()
-        {
-            self.warnings.push(format!(
-                "`{name}` is damaged at byte {offset}, after step {after_step}: {what}; \
-                 what follows in it cannot be verified"
-            ));
-        }
-    }
-}
-
-/// One life's segment, as it is on disk: the chain that its records make.
-#[derive(Clone, Debug)]
-pub(crate) struct Segment {
-    pub(crate) header: SegmentHeader,
-    /// Chain hash that the first record continues.
-    pub(crate) start: Digest,
-    /// (step, chain hash up to and including it) of each whole record.
-    pub(crate) records: Vec<(u64, Digest)>,
-    /// What is wrong with what follows, if something is.
-    pub(crate) damage: Option<String>,
-}
-
-/// Reads the segments of all lives one by one, in order; those without a readable header by what is wrong with them.
-pub(crate) fn segments(directory: &Directory) -> Result<(Vec<Segment>, Vec<String>)> {
-    let (mut segments, mut unreadable) = (Vec::new(), Vec::new());
-    let mut newest = BTreeMap::new();
-    for (life, part) in directory
-        .list_if_there(JOURNAL)?
-        .iter()
-        .filter_map(|name| parse_segment_name(name))
-    {
-        let highest = newest.entry(life).or_insert(part);
-        *highest = part.max(*highest);
-    }
-    for (life, part) in newest {
-        let name = segment_name(life, part);
-        let bytes = read_segment(directory, &name)?;
-        let mut reader = match SegmentReader::new(&bytes) {
-            Ok(reader) => reader,
-            Err(flaw) => {
-                unreadable.push(flaw.at(directory.path(&name)).to_string());
-                continue;
-            }
-        };
-        let Some(header) = reader.header().cloned() else {
-            continue;
-        };
-        let start = reader.head();
-        let records = reader
-            .by_ref()
-            .map(|entry| match entry.record {
-                Record::Boundary { step, .. } | Record::Event { step, .. } => (step, entry.chain),
-            })
-            .collect();
-        let damage = match reader.ending() {
-            Ending::Damaged { after_step, what, .. } => {
-                Some(format!("damaged after step {after_step}: {what}"))
-            }
-            _ => None,
-        };
-        segments.push(Segment {
-            header,
-            start,
-            records,
-            damage,
-        });
-    }
-    Ok((segments, unreadable))
-}
-
 /// Appends to one life's segment.
 #[derive(Debug)]
 pub(crate) struct Writer {
@@ -432,8 +223,10 @@ pub(crate) struct Writer {
     chain: Digest,
     /// Chain hash of the header, which stands for the boundary that the life started from.
     start: Digest,
-    /// Chain hash at each boundary since the last commit.
-    heads: BTreeMap<(u64, u8), Digest>,
+    /// Chain hash at each boundary since the last commit, and when it was recorded.
+    heads: BTreeMap<Place, (Digest, Instant)>,
+    /// Nodes of the state that the segment's last saved event left standing.
+    nodes: Option<Arc<Vec<Node>>>,
     /// A record that only a part of arrived, its chain hash, and how many of its bytes did.
     unfinished: Option<(Record, Vec<u8>, usize)>,
     /// Whether a sync failed: the system may have dropped what was written.
@@ -475,6 +268,7 @@ impl Writer {
             chain,
             start: chain,
             heads: BTreeMap::new(),
+            nodes: None,
             unfinished: None,
             doubtful: false,
             replaced: None,
@@ -519,7 +313,7 @@ impl Writer {
         let hash = bytes.last_chunk().expect("a record ends with its chain hash");
         self.chain = Digest(*hash);
         if let Record::Boundary { step, phase, .. } = record {
-            self.heads.insert((step, phase), self.chain);
+            self.heads.insert((step, phase), (self.chain, Instant::now()));
         }
         Ok(Some(record))
     }
@@ -529,7 +323,28 @@ impl Writer {
         self.heads
             .range(..=(step, phase))
             .next_back()
-            .map_or(self.start, |(_, chain)| *chain)
+            .map_or(self.start, |(_, (chain, _))| *chain)
+    }
+
+    /// When a boundary was recorded, if this life did since the last commit.
+    pub fn recorded_at(&self, step: u64, phase: u8) -> Option<Instant> {
+        self.heads.get(&(step, phase)).map(|(_, instant)| *instant)
+    }
+
+    /// Appends the event behind a checkpoint.
+    pub fn saved(&mut self, step: u64, saved: &Saved, outline: &Outline, time: String) -> Result<()> {
+        let fields = saved::lower(saved, outline, self.nodes.as_ref())?;
+        let has_nodes = matches!(saved::nodes_field(&fields), Some(Value::List(_)));
+        self.append(Record::Event {
+            kind: SAVED.to_owned(),
+            step,
+            fields,
+            time,
+        })?;
+        if has_nodes {
+            self.nodes = Some(Arc::clone(&outline.nodes));
+        }
+        Ok(())
     }
 
     /// Forgets the chain hashes of boundaries before (step, phase), which was committed.
@@ -564,21 +379,19 @@ impl Writer {
     /// Writes the segment to a new file, durably: a failed sync must not be tried again on the old one.
     fn copy(&mut self) -> Result<()> {
         let old = segment_name(self.life, self.part);
-        let bytes = self.directory.read_all(&old, MAX_SEGMENT)?;
-        let mut reader = SegmentReader::new(&bytes).map_err(|flaw| flaw.at(self.directory.path(&old)))?;
-        reader.by_ref().for_each(drop);
-        if reader.head() != self.chain {
+        let found = segment::head(&self.directory, &old)?;
+        if found != self.chain {
             return Err(Error::Damaged {
                 path: self.directory.path(&old),
                 part: "journal".to_owned(),
                 expected: self.chain.short(),
-                found: reader.head().short(),
+                found: found.short(),
             });
         }
         let temporary = temporary_name()?;
         let new = segment_name(self.life, self.part + 1);
         let mut file = self.directory.create_new(&temporary)?;
-        file.write_all(&bytes)?;
+        segment::copy(&self.directory, &old, &mut file)?;
         file.sync()?;
         self.directory.rename_new(&temporary, &new)?;
         self.file = file;

@@ -17,7 +17,6 @@
 pub mod arena;
 pub mod cause;
 pub mod certificate;
-pub mod compare;
 pub mod digest;
 pub mod elements;
 pub mod error;
@@ -26,6 +25,7 @@ pub mod format;
 pub mod journal;
 pub mod key;
 pub mod localise;
+pub mod outline;
 pub mod repair;
 pub mod run;
 pub mod state;

@@ -2,28 +2,38 @@
 //!
 //! Touches: two checkpoints' packs, read only and verified, in [`compare_states`]; nothing else.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
 
 use crate::cause::{Change, Components, Leaf, Window};
 use crate::digest::{Digest, hex};
-use crate::elements;
+use crate::elements::{self, row_major};
 use crate::error::Result;
 use crate::format::journal::Component;
-use crate::format::manifest::element_size;
+use crate::format::saved::{Node, Outline};
 use crate::journal::Boundary;
-use crate::state::{Tensor, Value};
+use crate::outline::{Leaves, float_words, outline, value_words, view_bytes};
+use crate::state::Value;
 use crate::store::Checkpoint;
 
 /// What comparing two journals came to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Compared {
+    /// Boundaries that are equal, counted up to the first difference.
+    pub equal: usize,
+    /// (step, phase) of the last of them.
+    pub last_equal: Option<(u64, u8)>,
+    /// What comes behind them.
+    pub outcome: Outcome,
+}
+
+/// What comes behind the boundaries in which two journals are equal.
+#[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    /// Every boundary that was expected was found, bit for bit.
-    Same {
-        /// How many.
-        boundaries: usize,
-    },
+    /// Nothing: every boundary that was expected was found, bit for bit.
+    Same,
     /// They differ at a boundary that both recorded.
-    Parts(Parting),
+    Parts(Box<Parting>),
     /// All that was found is as expected, and it ends before what was expected does.
     EndsEarly {
         /// (step, phase) of the first boundary that is missing.
@@ -33,13 +43,13 @@ pub enum Outcome {
     OtherBoundaries {
         /// (step, phase) expected next; `None` after the end.
         expected: Option<(u64, u8)>,
-        /// (step, phase) found there; `None` where only later ones are.
-        found: Option<(u64, u8)>,
+        /// (step, phase) found there.
+        found: (u64, u8),
     },
 }
 
 /// The first boundary at which two journals differ.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Parting {
     /// Optimizer updates so far.
     pub step: u64,
@@ -55,64 +65,108 @@ pub struct Parting {
     pub found: String,
     /// All components that differ at this boundary, in causal order.
     pub differing: Vec<String>,
-    /// Position of the boundary among those expected.
-    pub index: usize,
+    /// (step, phase) of the boundary before it, if there is one.
+    pub last_equal: Option<(u64, u8)>,
     /// The newest life that recorded what was found.
     pub life: u32,
+    /// What both recorded at the boundary of the same phase before.
+    before: Option<Boundary>,
+    /// What each recorded here, and at the boundary of the same phase behind: expected and found.
+    at: [Boundary; 2],
+    after: [Option<Boundary>; 2],
 }
 
-/// Compares what was found with what was expected, boundary by boundary.
-pub fn compare_journals(expected: &[Boundary], found: &[Boundary]) -> Outcome {
-    let place = |boundary: &Boundary| (boundary.step, boundary.phase);
-    for (index, old) in expected.iter().enumerate() {
-        let Some(new) = found.get(index) else {
-            return Outcome::EndsEarly { missing: place(old) };
-        };
-        if place(old) != place(new) {
-            return Outcome::OtherBoundaries {
-                expected: Some(place(old)),
-                found: Some(place(new)),
-            };
+impl Parting {
+    /// What was expected around it.
+    pub fn expected_window(&self) -> Window<'_> {
+        self.window(0)
+    }
+
+    /// What was found around it.
+    pub fn found_window(&self) -> Window<'_> {
+        self.window(1)
+    }
+
+    fn window(&self, side: usize) -> Window<'_> {
+        Window {
+            before: self.before.as_ref().map(components),
+            at: components(&self.at[side]),
+            after: self.after[side].as_ref().map(components),
         }
-        let mut differing = differing(&old.components, &new.components);
-        for (name, old, new) in [
-            ("epoch", old.epoch, new.epoch),
-            ("position", old.position, new.position),
-        ] {
-            if old != new {
-                differing.insert(0, (name.to_owned(), old.to_string(), new.to_string()));
+    }
+}
+
+fn components(boundary: &Boundary) -> &Components {
+    &boundary.components
+}
+
+/// Compares what was found with what was expected, boundary by boundary, in one pass over both.
+///
+/// # Errors
+///
+/// Those of reading them.
+pub fn compare_journals(
+    expected: impl IntoIterator<Item = Result<Boundary>>,
+    found: impl IntoIterator<Item = Result<Boundary>>,
+) -> Result<Compared> {
+    let (mut expected, mut found) = (expected.into_iter(), found.into_iter());
+    let (mut equal, mut last_equal) = (0, None);
+    // The last boundary of each phase: those of both sides are equal.
+    let mut before: [Option<Boundary>; 3] = Default::default();
+    let outcome = loop {
+        let (old, new) = match (expected.next().transpose()?, found.next().transpose()?) {
+            (None, None) => break Outcome::Same,
+            (Some(old), None) => break Outcome::EndsEarly { missing: old.place() },
+            (None, Some(new)) => {
+                let (expected, found) = (None, new.place());
+                break Outcome::OtherBoundaries { expected, found };
             }
-        }
+            (Some(old), Some(new)) if old.place() != new.place() => {
+                let (expected, found) = (Some(old.place()), new.place());
+                break Outcome::OtherBoundaries { expected, found };
+            }
+            (Some(old), Some(new)) => (old, new),
+        };
+        let differing = differing(&old, &new);
         if let Some((component, was, is)) = differing.first().cloned() {
-            return Outcome::Parts(Parting {
+            let phase = old.phase;
+            let same = |boundary: &Result<Boundary>| !matches!(boundary, Ok(other) if other.phase != phase);
+            break Outcome::Parts(Box::new(Parting {
                 step: old.step,
-                phase: old.phase,
+                phase,
                 epoch: old.epoch,
                 component,
                 expected: was,
                 found: is,
                 differing: differing.into_iter().map(|(name, _, _)| name).collect(),
-                index,
+                last_equal,
                 life: new.lives.last().copied().unwrap_or(0),
-            });
+                before: before[usize::from(phase)].take(),
+                after: [expected.find(same).transpose()?, found.find(same).transpose()?],
+                at: [old, new],
+            }));
         }
-    }
-    match found.get(expected.len()) {
-        Some(extra) => Outcome::OtherBoundaries {
-            expected: None,
-            found: Some(place(extra)),
-        },
-        None => Outcome::Same {
-            boundaries: expected.len(),
-        },
-    }
+        (equal, last_equal) = (equal + 1, Some(old.place()));
+        let phase = usize::from(old.phase);
+        before[phase] = Some(old);
+    };
+    Ok(Compared {
+        equal,
+        last_equal,
+        outcome,
+    })
 }
 
 /// The components that differ, in causal order: name, expected and found in words.
-fn differing(expected: &Components, found: &Components) -> Vec<(String, String, String)> {
+fn differing(expected: &Boundary, found: &Boundary) -> Vec<(String, String, String)> {
     let mut all = Vec::new();
-    // Equal lists are the rule, and a run has many boundaries.
-    if expected == found {
+    let numbers = [
+        ("position", expected.position, found.position),
+        ("epoch", expected.epoch, found.epoch),
+    ];
+    let (expected, found) = (&expected.components, &found.components);
+    // Equal ones are the rule, and a run has many boundaries.
+    if numbers.iter().all(|(_, old, new)| old == new) && expected == found {
         return all;
     }
     let new: HashMap<&str, &Component> = found.iter().map(|(name, value)| (name.as_str(), value)).collect();
@@ -129,6 +183,11 @@ fn differing(expected: &Components, found: &Components) -> Vec<(String, String, 
         }
     }
     all.sort_by_key(|(name, _, _)| causal_rank(name));
+    for (name, old, new) in numbers {
+        if old != new {
+            all.insert(0, (name.to_owned(), old.to_string(), new.to_string()));
+        }
+    }
     all
 }
 
@@ -159,119 +218,134 @@ pub fn component_words(component: &Component) -> String {
     }
 }
 
-fn float_words(bits: u64) -> String {
-    let number = f64::from_bits(bits);
-    if number.is_nan() {
-        format!("nan ({bits:016x})")
-    } else {
-        format!("{number:?}")
+/// A state to compare: a checkpoint, or what the journal has recorded of one.
+#[derive(Debug)]
+pub struct State<'a> {
+    name: String,
+    outline: Outline,
+    /// The leaves' values, and where the bytes of tensors are, where there is a checkpoint.
+    held: Option<(Vec<&'a Value>, &'a Checkpoint)>,
+}
+
+impl<'a> State<'a> {
+    /// The state that a checkpoint holds. What the journal has recorded of it spares reading it.
+    pub fn held(checkpoint: &'a Checkpoint, recorded: Option<&Outline>) -> State<'a> {
+        let mut outline = outline(checkpoint.tree(), &checkpoint.storages(), None);
+        if let Some(recorded) = recorded {
+            outline.complete(recorded);
+        }
+        let values = Leaves::of(checkpoint.tree()).values;
+        State {
+            name: checkpoint.info().name.clone(),
+            outline,
+            held: Some((values, checkpoint)),
+        }
+    }
+
+    /// The state of a checkpoint that is no longer there, as the journal has recorded it.
+    pub fn recorded(name: &str, outline: Outline) -> State<'static> {
+        State {
+            name: name.to_owned(),
+            outline,
+            held: None,
+        }
+    }
+
+    /// The checkpoint's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How many leaves it has.
+    pub fn leaves(&self) -> usize {
+        self.outline.leaves()
+    }
+
+    fn value(&self, leaf: usize) -> Option<&'a Value> {
+        self.held.as_ref().map(|(values, _)| values[leaf])
+    }
+
+    /// A tensor's elements in row-major order; `None` where they are not at hand, are no whole bytes, or repeat.
+    fn elements(&self, leaf: usize) -> Result<Option<Vec<u8>>> {
+        let Some((values, checkpoint)) = &self.held else {
+            return Ok(None);
+        };
+        let Value::Tensor(tensor) = values[leaf] else {
+            return Ok(None);
+        };
+        let length = checkpoint.manifest().storages[tensor.storage as usize].length;
+        if view_bytes(tensor).is_none_or(|bytes| bytes > length) {
+            return Ok(None);
+        }
+        let bytes = checkpoint.read(tensor.storage as usize)?;
+        Ok(row_major(tensor, &bytes).map(Cow::into_owned))
+    }
+
+    /// What a tensor views: equal ones have equal content.
+    fn view(&self, leaf: usize) -> Option<(Digest, u64, &'a [i64], u64)> {
+        let (values, checkpoint) = self.held.as_ref()?;
+        let Value::Tensor(tensor) = values[leaf] else {
+            return None;
+        };
+        let storage = &checkpoint.manifest().storages[tensor.storage as usize];
+        Some((storage.digest, storage.length, &tensor.strides, tensor.offset))
     }
 }
 
-/// What was recorded around the boundary at `index`; neighbours are the boundaries of the same phase before and after.
-pub fn window(boundaries: &[Boundary], index: usize) -> Window<'_> {
-    let Some(at) = boundaries.get(index) else {
-        return Window::default();
-    };
-    let same = |boundary: &&Boundary| boundary.phase == at.phase;
-    Window {
-        before: boundaries[..index]
-            .iter()
-            .rev()
-            .find(same)
-            .map(|boundary| boundary.components.as_slice()),
-        at: &at.components,
-        after: boundaries[index + 1..]
-            .iter()
-            .find(same)
-            .map(|boundary| boundary.components.as_slice()),
-    }
-}
-
-/// Compares two checkpoints leaf by leaf: data order and generators first, then the rest in the tree's order.
+/// Compares two states leaf by leaf: data order and generators first, then the rest in the tree's order.
+///
+/// Digests decide whether a leaf differs; bytes are read to say how far, and where there is no digest to decide by.
 ///
 /// # Errors
 ///
-/// [`crate::Error::Damaged`] and errors of the storage, where bytes that have to be looked at cannot be read whole.
-pub fn compare_states(expected: &Checkpoint, found: &Checkpoint) -> Result<Vec<Leaf>> {
-    let mut walk = Walk {
-        expected: Side {
-            checkpoint: expected,
-            storages: expected.storages(),
-            read: BTreeMap::new(),
-        },
-        found: Side {
-            checkpoint: found,
-            storages: found.storages(),
-            read: BTreeMap::new(),
-        },
+/// [`crate::Error::Damaged`] and errors of the storage, where bytes without which a leaf cannot be judged cannot be read
+/// whole.
+pub fn compare_states(expected: &State, found: &State) -> Result<Vec<Leaf>> {
+    let mut comparison = Comparison {
+        expected,
+        found,
         leaves: Vec::new(),
     };
-    walk.value("", &expected.tree().compared(), &found.tree().compared())?;
-    let rank = |leaf: &Leaf| match leaf.path.split('/').next() {
+    comparison.nodes()?;
+    comparison.leaves.sort_by_key(|leaf| state_rank(&leaf.path));
+    Ok(comparison.leaves)
+}
+
+/// What comes first in one step, like [`causal_rank`] for the leaves of a state.
+fn state_rank(path: &str) -> u8 {
+    match path.split('/').next() {
         Some("loaders") => 0,
         Some("generators") => 1,
-        Some("objects") if leaf.path.to_lowercase().contains("/state/") => 2,
+        Some("objects") if path.to_lowercase().contains("/state/") => 2,
         Some("objects") => 3,
         _ => 4,
-    };
-    walk.leaves.sort_by_key(rank);
-    Ok(walk.leaves)
-}
-
-struct Side<'a> {
-    checkpoint: &'a Checkpoint,
-    storages: Vec<(u64, Digest)>,
-    /// Bytes of storages read so far: several leaves may view one.
-    read: BTreeMap<u32, Vec<u8>>,
-}
-
-impl Side<'_> {
-    /// A tensor's elements, one after the other in its own order.
-    fn elements(&mut self, tensor: &Tensor) -> Result<Vec<u8>> {
-        if !self.read.contains_key(&tensor.storage) {
-            let bytes = self.checkpoint.read(tensor.storage as usize)?;
-            self.read.insert(tensor.storage, bytes);
-        }
-        Ok(gather(&self.read[&tensor.storage], tensor))
     }
 }
 
-/// Lays a view's elements end to end. A dtype of unknown width is taken as its whole storage.
-fn gather(bytes: &[u8], tensor: &Tensor) -> Vec<u8> {
-    let Some(size) = element_size(&tensor.dtype) else {
-        return bytes.to_vec();
-    };
-    let count: u64 = tensor.shape.iter().product();
-    let mut out = Vec::with_capacity((count * size) as usize);
-    let mut index = vec![0u64; tensor.shape.len()];
-    for _ in 0..count {
-        let reach: i64 = index
-            .iter()
-            .zip(&tensor.strides)
-            .map(|(at, stride)| *at as i64 * stride)
-            .sum();
-        // The manifest's check has shown that every view stays inside its storage.
-        let start = ((tensor.offset as i64 + reach) as u64 * size) as usize;
-        out.extend_from_slice(&bytes[start..start + size as usize]);
-        for dimension in (0..index.len()).rev() {
-            index[dimension] += 1;
-            if index[dimension] < tensor.shape[dimension] {
-                break;
-            }
-            index[dimension] = 0;
-        }
-    }
-    out
-}
-
-struct Walk<'a> {
-    expected: Side<'a>,
-    found: Side<'a>,
+struct Comparison<'a> {
+    expected: &'a State<'a>,
+    found: &'a State<'a>,
     leaves: Vec<Leaf>,
 }
 
-impl Walk<'_> {
+/// A state's nodes with, for each leaf, its place among the leaves.
+fn numbered(outline: &Outline) -> Vec<(&Node, usize)> {
+    let mut leaf = 0;
+    let place = |node: &'_ Node| {
+        let here = leaf;
+        leaf += usize::from(node.leaf);
+        here
+    };
+    let places: Vec<usize> = outline.nodes.iter().map(place).collect();
+    outline.nodes.iter().zip(places).collect()
+}
+
+/// Whether a node lies below another one.
+fn below(path: &str, above: &str) -> bool {
+    above.is_empty() || path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/'))
+}
+
+impl Comparison<'_> {
     fn push(&mut self, path: &str, change: Change) {
         self.leaves.push(Leaf {
             path: path.to_owned(),
@@ -279,160 +353,172 @@ impl Walk<'_> {
         });
     }
 
-    fn value(&mut self, path: &str, expected: &Value, found: &Value) -> Result<()> {
-        match (expected, found) {
-            (Value::List(old), Value::List(new)) | (Value::Tuple(old), Value::Tuple(new)) => {
-                for index in 0..old.len().max(new.len()) {
-                    self.pair(&join(path, &index.to_string()), old.get(index), new.get(index))?;
-                }
-                Ok(())
+    fn nodes(&mut self) -> Result<()> {
+        let (old, new) = (numbered(&self.expected.outline), numbered(&self.found.outline));
+        // Two keys of one mapping may read alike (1 and "1"): the first goes with the first.
+        let mut places: HashMap<&str, VecDeque<usize>> = HashMap::new();
+        for (place, (node, _)) in new.iter().enumerate() {
+            places.entry(&node.path).or_default().push_back(place);
+        }
+        let mut paired = vec![false; new.len()];
+        // What a node holds is not looked at where the node itself is another one.
+        let mut settled: Option<&str> = None;
+        let mut order = Vec::new();
+        for (node, leaf) in old {
+            if settled.is_some_and(|above| below(&node.path, above)) {
+                continue;
             }
-            (Value::Dict(old), Value::Dict(new)) => {
-                for (key, value) in old {
-                    let other = new.iter().find(|(other, _)| other == key).map(|(_, value)| value);
-                    self.pair(&join(path, &key_words(key)), Some(value), other)?;
-                }
-                for (key, value) in new
-                    .iter()
-                    .filter(|(key, _)| old.iter().all(|(other, _)| other != key))
-                {
-                    self.pair(&join(path, &key_words(key)), None, Some(value))?;
-                }
-                Ok(())
-            }
-            (
-                Value::Object {
-                    kind,
-                    name,
-                    fields: old,
-                },
-                Value::Object {
-                    kind: other_kind,
-                    name: other_name,
-                    fields: new,
-                },
-            ) if kind == other_kind && name == other_name => {
-                for (field, value) in old {
-                    let other = new
-                        .iter()
-                        .find(|(other, _)| other == field)
-                        .map(|(_, value)| value);
-                    self.pair(&join(path, field), Some(value), other)?;
-                }
-                for (field, value) in new
-                    .iter()
-                    .filter(|(field, _)| old.iter().all(|(other, _)| other != field))
-                {
-                    self.pair(&join(path, field), None, Some(value))?;
-                }
-                Ok(())
-            }
-            (Value::Tensor(old), Value::Tensor(new)) => self.tensor(path, old, new),
-            _ if expected == found => Ok(()),
-            _ => {
-                self.push(
-                    path,
-                    Change::Value {
-                        expected: words(expected),
-                        found: words(found),
-                    },
+            settled = None;
+            let Some(place) = places.get_mut(node.path.as_str()).and_then(VecDeque::pop_front) else {
+                self.push(&node.path, Change::Missing);
+                settled = Some(&node.path);
+                continue;
+            };
+            let (other, other_leaf) = new[place];
+            paired[place] = true;
+            order.push((node, place));
+            if node.what != other.what || node.leaf != other.leaf {
+                let words = |state: &State, node: &Node, leaf| match state.value(leaf) {
+                    Some(value) if node.leaf => value_words(value),
+                    _ => node.what.clone(),
+                };
+                let (expected, found) = (
+                    words(self.expected, node, leaf),
+                    words(self.found, other, other_leaf),
                 );
-                Ok(())
+                self.push(&node.path, Change::Value { expected, found });
+                settled = Some(&node.path);
+            } else {
+                if node.leaf {
+                    self.content(node, leaf, other_leaf)?;
+                }
+                if node.layout != other.layout {
+                    let (expected, found) = (layout_words(&node.layout), layout_words(&other.layout));
+                    self.push(&node.path, Change::Layout { expected, found });
+                }
             }
+        }
+        let mut extra: Option<&str> = None;
+        for (place, (node, _)) in new.iter().enumerate() {
+            let known = |above: Option<&str>| above.is_some_and(|above| below(&node.path, above));
+            let elsewhere = self
+                .leaves
+                .iter()
+                .any(|leaf| matches!(leaf.change, Change::Value { .. }) && known(Some(&leaf.path)));
+            if !paired[place] && !known(extra) && !elsewhere {
+                self.push(&node.path, Change::Extra);
+                extra = Some(&node.path);
+            }
+        }
+        self.order(&order);
+        Ok(())
+    }
+
+    /// The order of a mapping's keys is state. `order` has each node that both have with its place in what was found.
+    fn order(&mut self, order: &[(&Node, usize)]) {
+        // Each node above the one in hand, and the part of it that came last: its path, and its place in what was found.
+        let mut above: Vec<(&Node, &str, usize)> = Vec::new();
+        for &(node, place) in order {
+            while above
+                .last()
+                .is_some_and(|(parent, ..)| !below(&node.path, &parent.path))
+            {
+                above.pop();
+            }
+            if let Some((parent, before, last)) = above.last_mut() {
+                if place < *last && parent.what == "dict" {
+                    let expected = format!("`{}` behind `{before}`", node.path);
+                    let found = "its keys in another order".to_owned();
+                    self.push(&parent.path, Change::Value { expected, found });
+                }
+                (*before, *last) = (&node.path, place);
+            }
+            above.push((node, "", 0));
         }
     }
 
-    fn pair(&mut self, path: &str, expected: Option<&Value>, found: Option<&Value>) -> Result<()> {
-        match (expected, found) {
-            (Some(expected), Some(found)) => self.value(path, expected, found),
-            (Some(_), None) => {
-                self.push(path, Change::Missing);
-                Ok(())
-            }
-            (None, Some(_)) => {
-                self.push(path, Change::Extra);
-                Ok(())
-            }
-            (None, None) => Ok(()),
-        }
-    }
-
-    fn tensor(&mut self, path: &str, expected: &Tensor, found: &Tensor) -> Result<()> {
-        let (old, new) = (tensor_words(expected), tensor_words(found));
-        if old != new {
-            self.push(
-                path,
-                Change::Value {
-                    expected: old,
-                    found: new,
-                },
-            );
+    fn content(&mut self, node: &Node, old: usize, new: usize) -> Result<()> {
+        let contents = (
+            self.expected.outline.contents[old],
+            self.found.outline.contents[new],
+        );
+        let same_view = || {
+            let view = self.expected.view(old);
+            view.is_some() && view == self.found.view(new)
+        };
+        let differs = match contents {
+            (Some(expected), Some(found)) => expected != found,
+            _ => !same_view(),
+        };
+        if !differs {
             return Ok(());
         }
-        let same_view = expected.strides == found.strides && expected.offset == found.offset;
-        let digest = |side: &Side, tensor: &Tensor| side.storages.get(tensor.storage as usize).copied();
-        if same_view && digest(&self.expected, expected) == digest(&self.found, found) {
+        if let (Some(expected), Some(found)) = (self.expected.value(old), self.found.value(new))
+            && !matches!(expected, Value::Tensor(_))
+        {
+            self.plain(&node.path, expected, found);
             return Ok(());
         }
-        let (old, new) = (self.expected.elements(expected)?, self.found.elements(found)?);
-        if let Some(elements) = elements::compare(&expected.dtype, &old, &new) {
-            self.push(
-                path,
-                Change::Elements {
-                    dtype: expected.dtype.clone(),
-                    elements,
-                },
-            );
+        let told = match contents {
+            (Some(expected), Some(found)) => Some(Change::Content {
+                expected: expected.short(),
+                found: found.short(),
+            }),
+            _ => None,
+        };
+        let read = self
+            .expected
+            .elements(old)
+            .and_then(|expected| Ok(expected.zip(self.found.elements(new)?)));
+        let change = match (read, told) {
+            (Ok(Some((expected, found))), _) => {
+                let dtype = node.what.split(' ').next().unwrap_or_default().to_owned();
+                elements::compare(&dtype, &expected, &found)
+                    .map(|elements| Change::Elements { dtype, elements })
+            }
+            // That it differs is known without the bytes, and how far cannot be said.
+            (_, Some(told)) => Some(told),
+            (Ok(None), None) => Some(Change::Unknown),
+            (Err(error), None) => return Err(error),
+        };
+        if let Some(change) = change {
+            self.push(&node.path, change);
         }
         Ok(())
     }
+
+    /// Plain values that differ: of two sequences the items that do.
+    fn plain(&mut self, path: &str, expected: &Value, found: &Value) {
+        match (expected, found) {
+            (Value::List(old), Value::List(new)) | (Value::Tuple(old), Value::Tuple(new))
+                if !old.is_empty() && !new.is_empty() =>
+            {
+                for index in 0..old.len().max(new.len()) {
+                    let path = format!("{path}/{index}");
+                    match (old.get(index), new.get(index)) {
+                        (Some(old), Some(new)) if old == new => {}
+                        (Some(old), Some(new)) => self.plain(&path, old, new),
+                        (Some(_), None) => self.push(&path, Change::Missing),
+                        (None, _) => self.push(&path, Change::Extra),
+                    }
+                }
+            }
+            _ => self.push(
+                path,
+                Change::Value {
+                    expected: value_words(expected),
+                    found: value_words(found),
+                },
+            ),
+        }
+    }
 }
 
-fn join(path: &str, part: &str) -> String {
-    if path.is_empty() {
-        part.to_owned()
+fn layout_words(layout: &str) -> String {
+    if layout.is_empty() {
+        "row-major in memory of its own".to_owned()
     } else {
-        format!("{path}/{part}")
-    }
-}
-
-fn key_words(key: &Value) -> String {
-    match key {
-        Value::Str(text) => text.clone(),
-        other => words(other),
-    }
-}
-
-fn tensor_words(tensor: &Tensor) -> String {
-    format!("{} {:?} on {}", tensor.dtype, tensor.shape, tensor.device)
-}
-
-/// A plain value for people; long ones by digest.
-pub(crate) fn words(value: &Value) -> String {
-    match value {
-        Value::None => "None".to_owned(),
-        Value::Bool(value) => if *value { "True" } else { "False" }.to_owned(),
-        Value::Int(number) => number.to_string(),
-        Value::Float(bits) => float_words(*bits),
-        Value::Str(text) if text.len() <= 60 => format!("{text:?}"),
-        Value::Bytes(bytes) => format!("{} bytes {}", bytes.len(), &Digest::of(bytes).short()[..12]),
-        Value::Tensor(tensor) => tensor_words(tensor),
-        other => match crate::format::value::encode(other) {
-            Ok(bytes) => format!("{} {}", kind(other), &Digest::of(&bytes).short()[..12]),
-            Err(_) => kind(other).to_owned(),
-        },
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::List(_) => "list",
-        Value::Tuple(_) => "tuple",
-        Value::Dict(_) => "dict",
-        Value::Set(_) | Value::FrozenSet(_) => "set",
-        Value::Object { .. } => "object",
-        Value::Str(_) => "text",
-        _ => "value",
+        layout.to_owned()
     }
 }
 
@@ -452,7 +538,12 @@ pub fn change_words(change: &Change) -> String {
             };
             format!("{} of {} elements{apart}", elements.differing, elements.total)
         }
+        Change::Content { expected, found } => format!("its bytes should hash to {expected}, found {found}"),
+        Change::Layout { expected, found } => {
+            format!("laid out otherwise: expected {expected}, found {found}")
+        }
         Change::Value { expected, found } => format!("expected {expected}, found {found}"),
+        Change::Unknown => "cannot be compared: its bytes are not there".to_owned(),
         Change::Missing => "missing".to_owned(),
         Change::Extra => "not expected".to_owned(),
     }
@@ -477,11 +568,21 @@ mod tests {
         }
     }
 
+    fn compare(expected: &[Boundary], found: &[Boundary]) -> Compared {
+        let all = |boundaries: &[Boundary]| boundaries.iter().cloned().map(Ok).collect::<Vec<_>>();
+        compare_journals(all(expected), all(found)).unwrap()
+    }
+
     #[test]
     fn equal_journals_are_the_same() {
         let run = [boundary(1, 0, &[("log/loss", 3)]), boundary(1, 1, &[])];
-        assert_eq!(compare_journals(&run, &run), Outcome::Same { boundaries: 2 });
-        assert_eq!(compare_journals(&[], &[]), Outcome::Same { boundaries: 0 });
+        let same = |equal, last_equal| Compared {
+            equal,
+            last_equal,
+            outcome: Outcome::Same,
+        };
+        assert_eq!(compare(&run, &run), same(2, Some((1, 1))));
+        assert_eq!(compare(&[], &[]), same(0, None));
     }
 
     #[test]
@@ -510,7 +611,7 @@ mod tests {
             (3, "log/loss"),
             (6, "data/batch"),
         ] {
-            let Outcome::Parts(parting) = compare_journals(&[row(count, 1)], &[row(count, 2)]) else {
+            let Outcome::Parts(parting) = compare(&[row(count, 1)], &[row(count, 2)]).outcome else {
                 panic!("they differ in {count} components");
             };
             assert_eq!(
@@ -526,7 +627,7 @@ mod tests {
             boundary(1, 0, &[("rng/torch", 1)]),
             boundary(1, 0, &[("rng/torch", 1), ("rng/numpy", 2)]),
         );
-        let Outcome::Parts(parting) = compare_journals(&[old], &[new]) else {
+        let Outcome::Parts(parting) = compare(&[old], &[new]).outcome else {
             panic!("one is extra")
         };
         assert_eq!(
@@ -539,47 +640,43 @@ mod tests {
     fn missing_and_extra_boundaries_are_told_apart_from_an_early_end() {
         let run: Vec<Boundary> = (1..=3).map(|step| boundary(step, 0, &[])).collect();
         assert_eq!(
-            compare_journals(&run, &run[..2]),
+            compare(&run, &run[..2]).outcome,
             Outcome::EndsEarly { missing: (3, 0) }
         );
         let gap = [run[0].clone(), run[2].clone()];
         let expected = Outcome::OtherBoundaries {
             expected: Some((2, 0)),
-            found: Some((3, 0)),
+            found: (3, 0),
         };
-        assert_eq!(compare_journals(&run, &gap), expected);
+        assert_eq!(compare(&run, &gap).outcome, expected);
         let expected = Outcome::OtherBoundaries {
             expected: None,
-            found: Some((3, 0)),
+            found: (3, 0),
         };
-        assert_eq!(compare_journals(&run[..2], &run), expected);
+        assert_eq!(compare(&run[..2], &run).outcome, expected);
     }
 
     #[test]
     fn a_window_looks_at_neighbours_of_the_same_phase() {
-        let run = [
-            boundary(1, 0, &[("a", 1)]),
-            boundary(1, 1, &[("a", 9)]),
-            boundary(2, 0, &[("a", 2)]),
-        ];
-        let window = window(&run, 2);
-        assert_eq!(window.before, Some(run[0].components.as_slice()));
-        assert!(window.after.is_none());
-    }
-
-    #[test]
-    fn a_view_is_gathered_in_its_own_order() {
-        let bytes: Vec<u8> = (0..6).collect();
-        let tensor = Tensor {
-            dtype: "uint8".into(),
-            shape: vec![3, 2],
-            strides: vec![1, 3],
-            offset: 0,
-            storage: 0,
-            device: "cpu".into(),
-            attrs: vec![],
+        let run = |last| {
+            [
+                boundary(1, 0, &[("a", 1)]),
+                boundary(1, 1, &[("a", 9)]),
+                boundary(2, 0, &[("a", last)]),
+                boundary(2, 1, &[("a", 8)]),
+                boundary(3, 0, &[("a", 3)]),
+            ]
         };
-        assert_eq!(gather(&bytes, &tensor), [0, 3, 1, 4, 2, 5]);
+        let (old, new) = (run(2), run(5));
+        let Outcome::Parts(parting) = compare(&old, &new).outcome else {
+            panic!("they differ at step 2")
+        };
+        for (window, run) in [(parting.expected_window(), &old), (parting.found_window(), &new)] {
+            assert_eq!(window.before, Some(run[0].components.as_slice()));
+            assert_eq!(window.at, run[2].components.as_slice());
+            assert_eq!(window.after, Some(run[4].components.as_slice()));
+        }
+        assert_eq!(parting.last_equal, Some((1, 1)));
     }
 
     #[test]

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::fork;
-use crate::format::journal::{Ending, SegmentReader};
+use crate::format::journal::Ending;
 use crate::format::manifest::{Manifest, PackEntry, StorageEntry};
-use crate::journal::{self, JOURNAL};
+use crate::journal::{self, JOURNAL, Story};
 use crate::run::{self, CONFIG};
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Directory, Storage, already_exists, not_found};
@@ -146,7 +146,7 @@ fn examine(directory: &Directory, run_id: &str, copies: &[Directory], first: Opt
     let mut findings = Findings::gather(directory, run_id, copies)?;
     findings.check_packs(directory, copies)?;
     let restored = findings.check_journal(directory, run_id, copies)?;
-    let mut journal = journal::read(directory, run_id, None)?;
+    let mut journal = Story::open(directory, run_id)?;
     if !restored.is_empty() {
         // What a whole segment makes right is not beyond repair, nor is what hangs on it.
         journal.warnings.retain(|warning| {
@@ -460,31 +460,44 @@ fn read_segments(directory: &Directory, run_id: &str) -> Result<BTreeMap<String,
             previous: None,
             whole: false,
         };
-        match directory.read_all(&format!("{JOURNAL}/{name}"), journal::MAX_SEGMENT) {
-            Ok(bytes) => read_chain(&bytes, run_id, life, &mut segment),
-            Err(error) if store::is_damage(&error) => {}
-            Err(error) => return Err(error),
+        match read_chain(
+            directory,
+            &format!("{JOURNAL}/{name}"),
+            run_id,
+            life,
+            &mut segment,
+        ) {
+            Err(error) if !store::is_damage(&error) => return Err(error),
+            _ => {}
         }
         segments.insert(name, segment);
     }
     Ok(segments)
 }
 
-fn read_chain(bytes: &[u8], run_id: &str, life: u32, segment: &mut Segment) {
-    let Ok(mut reader) = SegmentReader::new(bytes) else {
-        return;
-    };
+fn read_chain(
+    directory: &Directory,
+    name: &str,
+    run_id: &str,
+    life: u32,
+    segment: &mut Segment,
+) -> Result<()> {
+    let mut reader = journal::reader(directory, name)?;
     let Some(header) = reader.header().cloned() else {
         segment.whole = true; // Torn before it said anything.
-        return;
+        return Ok(());
     };
     if header.run_id != run_id || header.life != life {
-        return;
+        return Ok(());
     }
+    let told = |trouble| journal::told(trouble, directory, name);
     segment.previous = Some(header.previous);
     segment.chain.push(reader.head());
-    segment.chain.extend(reader.by_ref().map(|entry| entry.chain));
-    segment.whole = !matches!(reader.ending(), Ending::Damaged { .. });
+    while let Some(entry) = reader.read().map_err(told)? {
+        segment.chain.push(entry.chain);
+    }
+    segment.whole = !matches!(reader.ending().map_err(told)?, Ending::Damaged { .. });
+    Ok(())
 }
 
 /// Finds a manifest of this run in a copy.

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::journal::{Component, Record, SegmentHeader};
+use crate::format::saved::Saved;
 use crate::format::{FORMAT_VERSION, Flaw};
 pub use crate::journal::Difference;
-use crate::journal::{self, Boundary, JOURNAL, Journal, Writer};
+use crate::journal::{self, Boundary, JOURNAL, Journal, Story, Tail, Writer};
+use crate::outline::outline;
 use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
@@ -101,6 +103,10 @@ fn now() -> String {
     jiff::Timestamp::now().to_string()
 }
 
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic in our own code while it was held: what it guards is only ever replaced whole.
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -164,12 +170,12 @@ impl Run {
         {
             return Err(error);
         }
-        let journal = journal::read(&directory, &config.id, boundary)?;
-        if resumed_from.is_none() {
-            refuse_what_was_lost(&directory, &journal, &mut rejected)?;
-        }
+        let tail = match &resumed_from {
+            Some(checkpoint) => behind(&directory, &config.id, checkpoint.info())?,
+            None => untrained(&directory, &config.id, &mut rejected)?,
+        };
 
-        let mut warnings = journal.warnings.clone();
+        let mut warnings = tail.warnings;
         let foreign = survey.foreign.iter().map(|checkpoint| checkpoint.info());
         warnings.extend(
             foreign.map(|info| format!("checkpoint `{}` is of run {}; left alone", info.name, info.run_id)),
@@ -186,7 +192,7 @@ impl Run {
                 .map(|(_, name, error)| format!("the older checkpoint `{name}` is not whole: {error}")),
         );
         if let Some(checkpoint) = &resumed_from
-            && !journal.has_head(&checkpoint.info().journal_head)
+            && !tail.has_head
         {
             let name = &checkpoint.info().name;
             warnings.push(format!(
@@ -214,17 +220,10 @@ impl Run {
             store.trust(checkpoint);
         }
         let lives = survey.whole.iter().map(|checkpoint| checkpoint.info().life);
-        let life = lives.max().unwrap_or(0).max(journal.last_life) + 1;
+        let life = lives.max().unwrap_or(0).max(tail.last_life) + 1;
         let from = boundary.map_or(0, |(step, _)| step);
-        let recorded_until = journal
-            .boundaries
-            .last()
-            .map_or(from, |boundary| boundary.step.max(from));
-        let recorded = journal
-            .boundaries
-            .into_iter()
-            .map(|entry| ((entry.step, entry.phase), entry))
-            .collect();
+        let steps = tail.boundaries.values().map(|boundary| boundary.step);
+        let recorded_until = steps.max().unwrap_or(from).max(from);
         Ok(Run {
             directory,
             config,
@@ -233,7 +232,7 @@ impl Run {
             rejected,
             warnings,
             recorded_until,
-            recorded: Mutex::new(recorded),
+            recorded: Mutex::new(tail.boundaries),
             journal: Mutex::new(Pen::Idle),
             store: Mutex::new(store),
             lock: Mutex::new(Some(lock)),
@@ -416,12 +415,30 @@ impl Run {
             let text = format!("boundary ({step}, {phase}) is before the newest checkpoint's, {newest:?}");
             return Err(Error::invalid(text));
         }
+        let (begun, storages) = (Instant::now(), commit.storages.clone());
+        let recorded_at = match &mut *guard(&self.journal) {
+            Pen::Writing { writer, .. } => writer.recorded_at(step, phase),
+            _ => None,
+        };
         let journal_head = self.durable_head(step, phase)?;
-        let info = store.commit(commit, self.life, now(), journal_head)?;
+        let checkpoint = store.commit(commit, self.life, now(), journal_head)?;
+        let durable = Instant::now();
+        let saved = Saved {
+            checkpoint: checkpoint.info().name.clone(),
+            phase,
+            durable_us: micros(durable - recorded_at.unwrap_or(begun)),
+            commit_us: micros(durable - begun),
+            size_bytes: checkpoint.info().size_bytes,
+            new_bytes: checkpoint.info().new_bytes,
+        };
+        let outline = outline(checkpoint.tree(), &checkpoint.storages(), Some(&storages));
         if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
             writer.forget_before(step, phase);
+            // The checkpoint is there, whatever becomes of the word about it: a journal that cannot be written is an
+            // error of the next record.
+            let _ = writer.saved(step, &saved, &outline, now());
         }
-        Ok(info)
+        Ok(checkpoint.info().clone())
     }
 
     /// Syncs the journal and returns its chain hash at a boundary: a manifest names it, so it is made durable first.
@@ -558,26 +575,49 @@ fn choose(survey: &mut store::Survey) -> Result<Option<Checkpoint>> {
     Ok(survey.whole.first().cloned())
 }
 
-/// Without a whole checkpoint, only a run that never had one may start: anything else would be a silent fresh start.
-fn refuse_what_was_lost(
-    directory: &Directory,
-    journal: &Journal,
-    rejected: &mut Vec<(String, String)>,
-) -> Result<()> {
+/// What the journal holds behind the checkpoint that this life starts from.
+fn behind(directory: &Directory, run_id: &str, info: &CheckpointInfo) -> Result<Tail> {
+    let from = journal::From {
+        place: (info.step, info.phase),
+        life: info.life,
+        head: info.journal_head,
+    };
+    journal::resume(directory, run_id, from)
+}
+
+/// What the journal of a run without a whole checkpoint holds.
+///
+/// Only a run that never had one may start: anything else would be a silent fresh start.
+fn untrained(directory: &Directory, run_id: &str, rejected: &mut Vec<(String, String)>) -> Result<Tail> {
+    let story = Story::open(directory, run_id)?;
     if rejected.is_empty() {
-        let why = match journal.last {
-            Some((step, _)) if step > 0 => {
-                format!("no manifest, though the journal has records up to step {step}")
-            }
-            _ if journal.unreadable => "no manifest, and a journal that cannot be read".to_owned(),
-            _ if journal.foreign => format!("no manifest, and a journal of another run than {CONFIG} names"),
-            _ => return Ok(()),
+        let why = match story.last {
+            Some((step, _)) if step > 0 => Some(format!(
+                "no manifest, though the journal has records up to step {step}"
+            )),
+            _ if story.unreadable => Some("no manifest, and a journal that cannot be read".to_owned()),
+            _ if story.foreign => Some(format!(
+                "no manifest, and a journal of another run than {CONFIG} names"
+            )),
+            _ => None,
         };
-        rejected.push((CHECKPOINTS.to_owned(), why));
+        rejected.extend(why.map(|why| (CHECKPOINTS.to_owned(), why)));
     }
-    Err(Error::NoWholeCheckpoint {
-        path: directory.location().to_path_buf(),
-        rejected: std::mem::take(rejected),
+    if !rejected.is_empty() {
+        return Err(Error::NoWholeCheckpoint {
+            path: directory.location().to_path_buf(),
+            rejected: std::mem::take(rejected),
+        });
+    }
+    let boundaries = story.boundaries().collect::<Result<Vec<_>>>()?;
+    Ok(Tail {
+        boundaries: boundaries
+            .into_iter()
+            .map(|boundary| (boundary.place(), boundary))
+            .collect(),
+        has_head: true,
+        warnings: story.warnings,
+        last_life: story.last_life,
     })
 }
 
@@ -859,5 +899,16 @@ pub fn read_run(path: &Path) -> Result<Overview> {
 /// Reads and joins the journal of a run directory, without a lock.
 pub fn read_journal(path: &Path) -> Result<Journal> {
     let (directory, config) = open_to_read(path)?;
-    journal::read(&directory, &config.id, None)
+    journal::read(&directory, &config.id)
+}
+
+/// Opens the journal of a run directory to be read step by step, without a lock.
+pub fn read_story(path: &Path) -> Result<Story> {
+    read_story_with(path, &[])
+}
+
+/// Opens the journal like [`read_story`], looking for chain hashes on the way.
+pub fn read_story_with(path: &Path, heads: &[Digest]) -> Result<Story> {
+    let (directory, config) = open_to_read(path)?;
+    Story::open_with(&directory, &config.id, heads)
 }

@@ -4,6 +4,7 @@
 //! line in the changelog.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use unbroken::Digest;
 use unbroken::format::journal::{
@@ -11,11 +12,17 @@ use unbroken::format::journal::{
 };
 use unbroken::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use unbroken::format::pack::{self, PackTensor};
+use unbroken::format::saved::{self, Content, Node, Outline, SAVED, Saved};
+use unbroken::journal::Story;
 use unbroken::state::{Tensor, Value};
+use unbroken::storage::memory::MemoryStorage;
+use unbroken::storage::{Directory, Storage};
 
 const PACK: &str = "00112233445566778899aabbccddeeff.safetensors";
 const MANIFEST: &str = "000000002-0-90185f13fcab361d";
 const JOURNAL: &str = "000001.journal";
+/// A journal with the digests of leaves, which the first files of version 1 do not have.
+const SAVES: &str = "saved/000001.journal";
 
 fn fixture(name: &str) -> Vec<u8> {
     let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", "v1", name]
@@ -80,22 +87,79 @@ fn records() -> Vec<Record> {
     vec![boundary(1), event, boundary(2)]
 }
 
-fn journal_file() -> (Vec<u8>, Digest) {
-    let header = SegmentHeader {
+fn header() -> SegmentHeader {
+    SegmentHeader {
         run_id: "0f3c9a2e77d14b60".into(),
         life: 1,
         step: 0,
         phase: 0,
         previous: Digest([0; 32]),
         created: "2026-11-23T10:00:00Z".into(),
-    };
-    let (mut bytes, mut chain) = encode_header(&header).unwrap();
+    }
+}
+
+fn journal_file() -> (Vec<u8>, Digest) {
+    let (mut bytes, mut chain) = encode_header(&header()).unwrap();
     for record in records() {
         let (next, after) = encode_record(&chain, &record).unwrap();
         bytes.extend(next);
         chain = after;
     }
     (bytes, chain)
+}
+
+/// Two checkpoints' leaves: nodes stand with the first only.
+fn saves() -> Vec<(Saved, Outline)> {
+    let node = |path: &str, what: &str, layout: &str, leaf| Node {
+        path: path.into(),
+        what: what.into(),
+        layout: layout.into(),
+        leaf,
+    };
+    let nodes = Arc::new(vec![
+        node("", "dict", "", false),
+        node("w", "float32 [2, 3] on cpu, requires_grad True", "", true),
+        node(
+            "wt",
+            "float32 [3, 2] on cpu",
+            "strides [1, 3] from element 0, memory shared with `w`",
+            true,
+        ),
+        node("step", "int", "", true),
+    ]);
+    let save = |step: u8| {
+        let saved = Saved {
+            checkpoint: format!("00000000{step}-0-90185f13fcab361d"),
+            phase: 0,
+            durable_us: 12_345,
+            commit_us: 4_567,
+            size_bytes: 24,
+            new_bytes: 128,
+        };
+        let contents = (0..3).map(|leaf| Some(Content([16 * step + leaf; 16]))).collect();
+        let nodes = Arc::clone(&nodes);
+        (saved, Outline { nodes, contents })
+    };
+    vec![save(1), save(2)]
+}
+
+fn saves_file() -> Vec<u8> {
+    let (mut bytes, mut chain) = encode_header(&header()).unwrap();
+    let mut written = None;
+    for (index, (saved, outline)) in saves().into_iter().enumerate() {
+        let fields = saved::lower(&saved, &outline, written.as_ref()).unwrap();
+        written = Some(outline.nodes);
+        let record = Record::Event {
+            kind: SAVED.into(),
+            step: index as u64 + 1,
+            fields,
+            time: "2026-11-23T10:00:02Z".into(),
+        };
+        let (next, after) = encode_record(&chain, &record).unwrap();
+        bytes.extend(next);
+        chain = after;
+    }
+    bytes
 }
 
 fn manifest() -> Manifest {
@@ -197,13 +261,32 @@ fn files_of_version_1_still_open() {
     }
 
     let bytes = fixture(JOURNAL);
-    let mut reader = SegmentReader::new(&bytes).unwrap();
+    let mut reader = SegmentReader::new(bytes.as_slice()).unwrap();
     assert_eq!(
-        reader.by_ref().map(|entry| entry.record).collect::<Vec<_>>(),
+        reader
+            .by_ref()
+            .map(|entry| entry.unwrap().record)
+            .collect::<Vec<_>>(),
         records()
     );
     assert_eq!(reader.head(), found.journal_head);
-    assert_eq!(reader.ending(), Ending::Complete);
+    assert_eq!(reader.ending().unwrap(), Ending::Complete);
+}
+
+#[test]
+fn the_digests_of_leaves_in_a_journal_of_version_1_can_be_read() {
+    let memory = MemoryStorage::new();
+    memory.create_dir("journal").unwrap();
+    memory.put("journal/000001.journal", fixture(SAVES));
+    let story = Story::open(&Directory::new(Arc::new(memory)), &header().run_id).unwrap();
+    assert!(story.warnings.is_empty(), "{:?}", story.warnings);
+    let found: Vec<(Saved, Outline)> = story
+        .saves
+        .iter()
+        .map(|save| (save.saved.clone(), story.outline(save).unwrap().unwrap()))
+        .collect();
+    assert_eq!(found, saves());
+    assert!(story.boundaries().next().is_none());
 }
 
 #[test]
@@ -211,6 +294,7 @@ fn files_of_version_1_are_still_written_byte_for_byte() {
     for (name, bytes, digest) in [
         (PACK, pack_file().0, "11088939f25716d5"),
         (JOURNAL, journal_file().0, "ff491cb729e2fb0a"),
+        (SAVES, saves_file(), "1d77fbb403c5ad6f"),
         (
             MANIFEST,
             manifest::encode(&manifest()).unwrap().0,

@@ -66,16 +66,16 @@ fn segment(records: &[Record]) -> (Vec<u8>, Vec<usize>) {
 
 fn read(bytes: &[u8]) -> Result<(Vec<Entry>, Ending), Flaw> {
     let mut reader = SegmentReader::new(bytes)?;
-    let entries = reader.by_ref().collect();
-    Ok((entries, reader.ending()))
+    let entries = reader.by_ref().collect::<Result<_, _>>()?;
+    Ok((entries, reader.ending()?))
 }
 
 #[test]
 fn reading_back_what_was_written_gives_the_same_records() {
     let (bytes, ends) = segment(&records());
-    let reader = SegmentReader::new(&bytes).unwrap();
+    let reader = SegmentReader::new(bytes.as_slice()).unwrap();
     assert_eq!(reader.header(), Some(&header()));
-    let entries: Vec<Entry> = reader.clone().collect();
+    let entries: Vec<Entry> = reader.clone().collect::<Result<_, _>>().unwrap();
     assert_eq!(
         entries
             .iter()
@@ -89,7 +89,7 @@ fn reading_back_what_was_written_gives_the_same_records() {
         offsets
     );
     assert_eq!(entries[3].chain.0, bytes[bytes.len() - 32..]);
-    assert_eq!(reader.ending(), Ending::Complete);
+    assert_eq!(reader.ending().unwrap(), Ending::Complete);
 }
 
 #[test]

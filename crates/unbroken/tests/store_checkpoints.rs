@@ -7,8 +7,9 @@ mod world;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use unbroken::compare;
+use unbroken::cause::Change;
 use unbroken::error::Error;
+use unbroken::localise::{State, compare_states};
 use unbroken::run::{Options, Run, read_checkpoint, read_journal, read_run};
 use unbroken::state::Value;
 use unbroken::storage::Storage;
@@ -568,30 +569,22 @@ fn two_checkpoints_are_compared_leaf_by_leaf() {
     let overview = read_run(&path).unwrap();
     assert_eq!((overview.checkpoints.len(), overview.seed), (3, 1));
     let (one, two) = (&overview.checkpoints[1], &overview.checkpoints[2]);
-    assert_eq!(compare::compare_checkpoints(one, one, true).unwrap(), []);
-    let leaves = compare::compare_checkpoints(one, two, true).unwrap();
+    let state = |checkpoint| State::held(checkpoint, None);
+    assert_eq!(compare_states(&state(one), &state(one)).unwrap(), []);
+    let leaves = compare_states(&state(one), &state(two)).unwrap();
     let paths: Vec<&str> = leaves.iter().map(|leaf| leaf.path.as_str()).collect();
     assert_eq!(paths, ["model/weight", "optimizer/0/0", "optimizer/0/1"]);
-    let elements = leaves[0].elements.as_ref().unwrap();
-    assert_eq!((elements.count, elements.differing, elements.first), (10, 10, 0));
+    let Change::Elements { elements, .. } = &leaves[0].change else {
+        panic!("{:?}", leaves[0])
+    };
+    assert_eq!((elements.total, elements.differing, elements.first), (10, 10, 0));
     // 100.0 and 200.0 have equal significands: their distance is one doubling, 2^23 places.
-    assert_eq!(elements.max_ulp, Some(1 << 23));
-    assert_eq!(
-        (leaves[2].expected.as_str(), leaves[2].found.as_str()),
-        ("1", "2")
-    );
-    assert!(
-        compare::compare_checkpoints(one, two, false).unwrap()[0]
-            .elements
-            .is_none()
-    );
-    let journal = read_journal(&path).unwrap();
-    assert_eq!(compare::first_difference(&journal, &journal), None);
-    let mut shorter = journal.clone();
-    shorter.boundaries.pop();
-    let comparison = compare::compare_journals(&journal, &shorter);
-    assert_eq!((comparison.equal, comparison.last_equal), (1, Some((1, 0))));
-    assert_eq!(comparison.difference.unwrap().component, "boundary");
+    assert_eq!(elements.max_ulps, 1 << 23);
+    let number = Change::Value {
+        expected: "1".to_owned(),
+        found: "2".to_owned(),
+    };
+    assert_eq!(leaves[2].change, number);
 }
 
 #[test]

@@ -2,22 +2,69 @@
 //!
 //! Touches: run directories, read only, without their locks.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use unbroken::cause::{self, Cause, Leaf, Situation};
 use unbroken::format::journal::SegmentHeader;
-use unbroken::journal::{Boundary, Event, Journal};
-use unbroken::localise::{self, Outcome, Parting};
-use unbroken::run::{Overview, read_journal, read_run};
+use unbroken::journal::{Boundary, DIVERGED, Event, Story, field};
+use unbroken::localise::{self, Outcome, Parting, State};
+use unbroken::run::{Overview, read_run, read_story};
+use unbroken::store::Checkpoint;
 use unbroken::{Error, Value};
 
-/// One run on disk, read.
+/// One run on disk, opened.
 #[derive(Debug)]
 pub(crate) struct Recorded {
     pub(crate) name: String,
-    pub(crate) journal: Journal,
+    pub(crate) story: Story,
     pub(crate) overview: Overview,
+    pub(crate) totals: Totals,
+    /// The last step that counts, where not all do.
+    steps: Option<u64>,
+}
+
+/// What one pass over a run's boundaries counts.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    pub(crate) boundaries: usize,
+    /// Boundaries that more than one life recorded.
+    pub(crate) again: usize,
+    /// Steps that more than one life executed: first and last of each stretch.
+    pub(crate) stretches: Vec<(u64, u64)>,
+    /// The last step.
+    pub(crate) last: u64,
+    /// For each life the last step that counts, and how many boundaries it recorded that an earlier life had.
+    pub(crate) lives: BTreeMap<u32, (u64, usize)>,
+    /// Epochs whose after-work was done, with the step at which it was.
+    pub(crate) epochs: Vec<(u64, u64)>,
+    /// What two lives recorded differently without a word.
+    pub(crate) conflicts: Vec<String>,
+}
+
+impl Totals {
+    fn take(&mut self, boundary: &Boundary) {
+        self.boundaries += 1;
+        self.last = boundary.step;
+        for (index, life) in boundary.lives.iter().enumerate() {
+            let (last, again) = self.lives.entry(*life).or_default();
+            *last = boundary.step;
+            *again += usize::from(index > 0);
+        }
+        if boundary.phase == 1 {
+            // The record at an epoch's end carries the epoch that comes next.
+            self.epochs
+                .push((boundary.epoch.saturating_sub(1), boundary.step));
+        }
+        if boundary.lives.len() > 1 {
+            self.again += 1;
+            match self.stretches.last_mut() {
+                Some((_, to)) if *to + 1 >= boundary.step => *to = boundary.step,
+                _ => self.stretches.push((boundary.step, boundary.step)),
+            }
+        }
+    }
 }
 
 impl Recorded {
@@ -39,38 +86,155 @@ impl Recorded {
     }
 
     pub(crate) fn open(path: &Path, name: String, steps: Option<u64>) -> Result<Recorded, Error> {
-        let mut journal = read_journal(path)?;
-        if let Some(steps) = steps {
-            // A life that is resumed at the last step to prove goes one further before it stops.
-            journal
-                .boundaries
-                .retain(|boundary| boundary.step < steps || (boundary.step, boundary.phase) == (steps, 0));
-        }
-        Ok(Recorded {
+        let mut recorded = Recorded {
             name,
-            journal,
+            story: read_story(path)?,
             overview: read_run(path)?,
-        })
+            totals: Totals::default(),
+            steps,
+        };
+        let mut totals = Totals::default();
+        let mut boundaries = recorded.story.boundaries();
+        for boundary in boundaries.by_ref() {
+            let boundary = boundary?;
+            if counts(&boundary, steps) {
+                totals.take(&boundary);
+            }
+        }
+        totals.conflicts = boundaries.conflict_words();
+        recorded.totals = totals;
+        Ok(recorded)
     }
 
-    /// Boundaries that more than one life recorded.
-    pub(crate) fn executed_again(&self) -> usize {
-        self.journal
-            .boundaries
-            .iter()
-            .filter(|boundary| boundary.lives.len() > 1)
-            .count()
+    /// The boundaries that count, in order.
+    pub(crate) fn boundaries(&self) -> impl Iterator<Item = Result<Boundary, Error>> + '_ {
+        let all = self.story.boundaries();
+        all.filter(|boundary| !matches!(boundary, Ok(boundary) if !counts(boundary, self.steps)))
+    }
+
+    /// What is wrong with the journal, in words.
+    pub(crate) fn flaws(&self) -> impl Iterator<Item = &String> {
+        self.story.warnings.iter().chain(&self.totals.conflicts)
+    }
+
+    /// The first difference between two executions of one step that a life of the run noticed.
+    pub(crate) fn diverged(&self) -> Option<&Event> {
+        self.story.events.iter().find(|event| event.kind == DIVERGED)
     }
 
     /// Steps of the checkpoints that later lives started from.
     pub(crate) fn resumed_at(&self) -> Vec<u64> {
-        self.journal
+        self.story
             .lives
             .iter()
             .filter(|life| is_resumed(life))
             .map(|life| life.step)
             .collect()
     }
+
+    /// Every checkpoint that is there or that the journal tells of, in the order of boundaries.
+    pub(crate) fn saves(&self) -> Vec<Saving> {
+        let mut all: BTreeMap<(u64, u8, u32, String), Saving> = BTreeMap::new();
+        for checkpoint in &self.overview.checkpoints {
+            let info = checkpoint.info();
+            let saving = Saving {
+                step: info.step,
+                phase: info.phase,
+                life: info.life,
+                name: info.name.clone(),
+                created: info.created.clone(),
+                held: true,
+                pinned: info.pinned,
+                size_bytes: Some(info.size_bytes),
+                new_bytes: Some(info.new_bytes),
+                ..Saving::default()
+            };
+            all.insert(saving.key(), saving);
+        }
+        for save in &self.story.saves {
+            let told = Saving {
+                step: save.step,
+                phase: save.saved.phase,
+                life: save.life,
+                name: save.saved.checkpoint.clone(),
+                created: save.time.clone(),
+                size_bytes: Some(save.saved.size_bytes),
+                new_bytes: Some(save.saved.new_bytes),
+                ..Saving::default()
+            };
+            let saving = all.entry(told.key()).or_insert(told);
+            saving.durable_us = Some(save.saved.durable_us);
+            saving.commit_us = Some(save.saved.commit_us);
+        }
+        all.into_values().collect()
+    }
+
+    /// Boundaries of which the journal tells the leaves of a checkpoint.
+    pub(crate) fn saved_places(&self) -> BTreeSet<(u64, u8)> {
+        let told = self.story.saves.iter().filter(|save| save.has_leaves());
+        told.map(|save| (save.step, save.saved.phase)).collect()
+    }
+
+    /// The newest state of a boundary, as a checkpoint or as the journal tells of one; of lives that `wanted` says.
+    pub(crate) fn state(
+        &self,
+        place: (u64, u8),
+        wanted: impl Fn(u32) -> bool,
+    ) -> Result<Option<State<'_>>, Error> {
+        let here = |checkpoint: &&Checkpoint| {
+            let info = checkpoint.info();
+            (info.step, info.phase) == place && wanted(info.life)
+        };
+        if let Some(checkpoint) = self.overview.checkpoints.iter().rev().find(here) {
+            return Ok(Some(self.held(checkpoint)?));
+        }
+        let saves = self.story.saves.iter().rev();
+        let mut saves = saves.filter(|save| (save.step, save.saved.phase) == place && wanted(save.life));
+        let Some(save) = saves.find(|save| save.has_leaves()) else {
+            return Ok(None);
+        };
+        let outline = self.story.outline(save)?;
+        Ok(outline.map(|outline| State::recorded(&save.saved.checkpoint, outline)))
+    }
+
+    fn held<'a>(&self, checkpoint: &'a Checkpoint) -> Result<State<'a>, Error> {
+        state_of(checkpoint, &self.story)
+    }
+}
+
+/// One checkpoint, there or not.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Saving {
+    pub(crate) step: u64,
+    pub(crate) phase: u8,
+    pub(crate) life: u32,
+    pub(crate) name: String,
+    pub(crate) created: String,
+    pub(crate) held: bool,
+    pub(crate) pinned: bool,
+    pub(crate) size_bytes: Option<u64>,
+    pub(crate) new_bytes: Option<u64>,
+    /// As the journal tells, if it does: it is a word less than the checkpoint.
+    pub(crate) durable_us: Option<u64>,
+    pub(crate) commit_us: Option<u64>,
+}
+
+impl Saving {
+    fn key(&self) -> (u64, u8, u32, String) {
+        (self.step, self.phase, self.life, self.name.clone())
+    }
+}
+
+/// A checkpoint's state with what the journal has recorded of it.
+pub(crate) fn state_of<'a>(checkpoint: &'a Checkpoint, story: &Story) -> Result<State<'a>, Error> {
+    let save = story.save_of(&checkpoint.info().name);
+    let outline = save.map(|save| story.outline(save)).transpose()?.flatten();
+    Ok(State::held(checkpoint, outline.as_ref()))
+}
+
+/// A life that is resumed at the last step to prove goes one further before it stops.
+fn counts(boundary: &Boundary, steps: Option<u64>) -> bool {
+    steps.is_none_or(|steps| boundary.step < steps || (boundary.step, boundary.phase) == (steps, 0))
 }
 
 /// Whether a life went on with what an earlier one had trained.
@@ -159,10 +323,10 @@ pub(crate) fn compare(expected: &[Recorded], found: &[Recorded]) -> Result<Optio
 /// Where the bytes of a checkpoint cannot be read.
 pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Option<Difference>, Error> {
     let other = |words: String| Ok(Some(Difference::other(&found.name, words)));
-    if let Some(difference) = compare_journals(expected, found) {
+    if let Some(difference) = compare_journals(expected, found)? {
         return Ok(Some(difference));
     }
-    if let Some(event) = found.journal.events.iter().find(|event| event.kind == "diverged") {
+    if let Some(event) = found.diverged() {
         return other(format!(
             "step {} came out differently when life {} executed it again, in {}",
             event.step,
@@ -170,12 +334,15 @@ pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Opti
             event_text(event, "component")
         ));
     }
-    if let Some(warning) = found.journal.warnings.first() {
+    if let Some(warning) = found.flaws().next() {
         return other(format!("the journal is not whole: {warning}"));
     }
-    let last = |run: &Recorded| run.overview.checkpoints.last().cloned();
-    match (last(expected), last(found)) {
+    match (
+        expected.overview.checkpoints.last(),
+        found.overview.checkpoints.last(),
+    ) {
         (Some(old), Some(new)) => {
+            let (old, new) = (expected.held(old)?, found.held(new)?);
             if let Some(leaf) = localise::compare_states(&old, &new)?.first() {
                 return other(format!(
                     "the final state differs in {}: {}",
@@ -191,35 +358,39 @@ pub(crate) fn compare_runs(expected: &Recorded, found: &Recorded) -> Result<Opti
 }
 
 /// Compares what two runs recorded, and nothing else.
-pub(crate) fn compare_journals(expected: &Recorded, found: &Recorded) -> Option<Difference> {
-    let words = match localise::compare_journals(&expected.journal.boundaries, &found.journal.boundaries) {
-        Outcome::Same { .. } => return None,
-        Outcome::Parts(parting) => return Some(parted(expected, found, parting, &[], &[])),
-        Outcome::EndsEarly {
-            missing: (step, phase),
-        } => {
-            format!("ends before {}", boundary_words(step, phase))
-        }
+///
+/// # Errors
+///
+/// Where a journal cannot be read.
+pub(crate) fn compare_journals(expected: &Recorded, found: &Recorded) -> Result<Option<Difference>, Error> {
+    let compared = localise::compare_journals(expected.boundaries(), found.boundaries())?;
+    Ok(match compared.outcome {
+        Outcome::Same => None,
+        Outcome::Parts(parting) => Some(parted(expected, found, *parting, &[], &[])),
+        other => Some(Difference::other(&found.name, outcome_words(&other))),
+    })
+}
+
+/// A journal that is too short or too long, in words.
+pub(crate) fn outcome_words(outcome: &Outcome) -> String {
+    let words = |place: &(u64, u8)| boundary_words(place.0, place.1);
+    match outcome {
+        Outcome::EndsEarly { missing } => format!("ends before {}", words(missing)),
         Outcome::OtherBoundaries {
-            expected: Some((step, phase)),
+            expected: Some(expected),
             ..
-        } => {
-            format!("{} is missing", boundary_words(step, phase))
-        }
+        } => format!("{} is missing", words(expected)),
         Outcome::OtherBoundaries {
             expected: None,
             found,
-        } => {
-            let (step, phase) = found.unwrap_or_default();
-            format!("{} was not expected", boundary_words(step, phase))
-        }
-    };
-    Some(Difference::other(&found.name, words))
+        } => format!("{} was not expected", words(found)),
+        Outcome::Same | Outcome::Parts(_) => String::new(),
+    }
 }
 
 fn event_text(event: &Event, name: &str) -> String {
-    match event.fields.iter().find(|(field, _)| field == name) {
-        Some((_, Value::Str(text))) => text.clone(),
+    match field(&event.fields, name) {
+        Some(Value::Str(text)) => text.clone(),
         _ => "an unknown component".to_owned(),
     }
 }
@@ -233,24 +404,19 @@ fn parted(
     leaves: &[Leaf],
 ) -> Difference {
     let header = found
-        .journal
+        .story
         .lives
         .iter()
         .find(|life| life.life == parting.life && is_resumed(life));
-    let before = parting
-        .index
-        .checked_sub(1)
-        .and_then(|index| found.journal.boundaries.get(index));
-    let place =
-        |boundary: Option<&Boundary>| boundary.map_or((0, 0), |boundary| (boundary.step, boundary.phase));
+    let before = parting.last_equal.unwrap_or_default();
     let settings = changed_settings(expected, found);
     let situation = Situation {
         phase: parting.phase,
         component: &parting.component,
-        first_after_resume: header.is_some_and(|header| (header.step, header.phase) == place(before)),
+        first_after_resume: header.is_some_and(|header| (header.step, header.phase) == before),
         resumed: header.is_some(),
-        expected: localise::window(&expected.journal.boundaries, parting.index),
-        found: localise::window(&found.journal.boundaries, parting.index),
+        expected: parting.expected_window(),
+        found: parting.found_window(),
         settings: &settings,
         restored,
         leaves,
@@ -299,9 +465,8 @@ fn changed_settings(expected: &Recorded, found: &Recorded) -> Vec<(String, Strin
 pub(crate) fn look_closer(first: &Difference, expected: &Path, found: &Path) -> Result<Difference, Error> {
     let open = |runs: &Path| Recorded::open(&runs.join(&first.run), first.run.clone(), None);
     let (old, new) = (open(expected)?, open(found)?);
-    let Outcome::Parts(parting) =
-        localise::compare_journals(&old.journal.boundaries, &new.journal.boundaries)
-    else {
+    let compared = localise::compare_journals(old.boundaries(), new.boundaries())?;
+    let Outcome::Parts(parting) = compared.outcome else {
         let note =
             "when both were repeated they did not differ: something is not deterministic, or depends on time";
         return Ok(Difference {
@@ -324,7 +489,7 @@ pub(crate) fn look_closer(first: &Difference, expected: &Path, found: &Path) -> 
             ..first.clone()
         });
     }
-    with_leaves(&old, &new, parting)
+    with_leaves(&old, &new, *parting)
 }
 
 /// Adds to a difference the leaves that checkpoints at hand show.
@@ -344,14 +509,8 @@ pub(crate) fn leaves_of(
 }
 
 fn with_leaves(expected: &Recorded, found: &Recorded, parting: Parting) -> Result<Difference, Error> {
-    let at = |run: &Recorded| {
-        let mut all = run.overview.checkpoints.iter().rev();
-        all.find(|checkpoint| {
-            (checkpoint.info().step, checkpoint.info().phase) == (parting.step, parting.phase)
-        })
-        .cloned()
-    };
-    let leaves = match (at(expected), at(found)) {
+    let place = (parting.step, parting.phase);
+    let leaves = match (expected.state(place, |_| true)?, found.state(place, |_| true)?) {
         (Some(old), Some(new)) => localise::compare_states(&old, &new)?,
         _ => Vec::new(),
     };
@@ -361,24 +520,16 @@ fn with_leaves(expected: &Recorded, found: &Recorded, parting: Parting) -> Resul
 
 /// Leaves in which what a life put back differs from the checkpoint it started from.
 fn restored_leaves(run: &Recorded, life: u32) -> Result<Vec<Leaf>, Error> {
-    let Some(header) = run
-        .journal
-        .lives
-        .iter()
-        .find(|header| header.life == life && is_resumed(header))
-    else {
+    let resumed = |header: &&SegmentHeader| header.life == life && is_resumed(header);
+    let Some(header) = run.story.lives.iter().find(resumed) else {
         return Ok(Vec::new());
     };
-    let mut here = run.overview.checkpoints.iter().filter(|checkpoint| {
-        (checkpoint.info().step, checkpoint.info().phase) == (header.step, header.phase)
-    });
-    let original = here
-        .clone()
-        .rev()
-        .find(|checkpoint| checkpoint.info().life < life);
-    let again = here.find(|checkpoint| checkpoint.info().life == life);
-    match (original, again) {
-        (Some(original), Some(again)) => localise::compare_states(original, again),
+    let place = (header.step, header.phase);
+    match (
+        run.state(place, |other| other < life)?,
+        run.state(place, |other| other == life)?,
+    ) {
+        (Some(original), Some(again)) => localise::compare_states(&original, &again),
         _ => Ok(Vec::new()),
     }
 }

@@ -2,8 +2,6 @@
 //!
 //! Touches: nothing.
 
-use unbroken::journal::Boundary;
-
 /// One interruption of one life.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Stop {
@@ -70,19 +68,12 @@ pub(crate) struct Course {
 }
 
 impl Course {
-    pub(crate) fn new(boundaries: &[Boundary], saves: impl IntoIterator<Item = u64>) -> Course {
-        let last = boundaries.last().map_or(0, |boundary| boundary.step);
-        // The record at an epoch's end carries the epoch that comes next.
-        let ends = boundaries.iter().filter(|boundary| boundary.phase == 1);
+    pub(crate) fn new(last: u64, epochs: Vec<(u64, u64)>, saves: impl IntoIterator<Item = u64>) -> Course {
+        let saves = saves.into_iter().filter(|step| (1..last).contains(step));
         Course {
             last,
-            saves: saves
-                .into_iter()
-                .filter(|step| (1..last).contains(step))
-                .collect(),
-            epochs: ends
-                .map(|boundary| (boundary.epoch.saturating_sub(1), boundary.step))
-                .collect(),
+            saves: saves.collect(),
+            epochs,
         }
     }
 }

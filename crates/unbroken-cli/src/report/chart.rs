@@ -11,6 +11,16 @@ pub(crate) struct Curve {
     pub(crate) points: Vec<(u64, f64)>,
 }
 
+impl Curve {
+    /// Adds the next point. Of a long curve some are left out, and no extreme.
+    pub(crate) fn push(&mut self, step: u64, value: f64) {
+        if self.points.len() == 32 * MOST {
+            self.points = thin(&self.points, 16 * MOST);
+        }
+        self.points.push((step, value));
+    }
+}
+
 /// One life's stretch of steps, and how it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Band {
@@ -29,8 +39,8 @@ pub(crate) struct Chart {
     pub(crate) bands: Vec<Band>,
     /// Steps that more than one life executed: first and last of each stretch.
     pub(crate) again: Vec<(u64, u64)>,
-    /// Steps of checkpoints.
-    pub(crate) saves: Vec<u64>,
+    /// Steps of checkpoints, and whether each is still there.
+    pub(crate) saves: Vec<(u64, bool)>,
     /// The step at which two runs, or two executions, part.
     pub(crate) parts: Option<u64>,
 }
@@ -222,13 +232,18 @@ impl Chart {
                 (right - left).max(1.5)
             );
         }
-        for step in &self.saves {
+        for (step, held) in &self.saves {
             let at = x(*step as f64);
+            let (class, words) = if *held {
+                ("save", "")
+            } else {
+                ("save gone", ", no longer there")
+            };
             let base = strip + 20.0;
             let _ = writeln!(
                 out,
-                "<path class=\"save\" d=\"M{:.1} {base}L{:.1} {base}L{at:.1} {:.1}Z\"><title>checkpoint at step \
-                 {step}</title></path>",
+                "<path class=\"{class}\" d=\"M{:.1} {base}L{:.1} {base}L{at:.1} {:.1}Z\"><title>checkpoint at step \
+                 {step}{words}</title></path>",
                 at - 3.0,
                 at + 3.0,
                 base - 6.0

@@ -1,7 +1,7 @@
 //! The journal's bytes: a segment a life, a record a boundary, each record hashed together with the one before it.
 //!
-//! Touches: nothing. A torn last record is normal after a crash, and is told apart from damage before the end by looking
-//! for a whole record behind the broken one.
+//! Touches: nothing; segments are read through a [`Window`], a piece at a time. A torn last record is normal after a
+//! crash, and is told apart from damage before the end by looking for a whole record behind the broken one.
 
 use crate::digest::{Digest, Hasher};
 use crate::format::record::{self, Fields};
@@ -26,6 +26,9 @@ pub const MAX_COMPONENT_DIGEST: usize = 64;
 
 /// How many bytes may be hashed in search of a whole record behind a broken one.
 const SEARCH_BUDGET: usize = 256 << 20;
+
+/// How many bytes are searched at a time.
+const SEARCH_PIECE: usize = 64 << 10;
 
 const HEADER_KEYS: [&str; 6] = ["run", "life", "step", "phase", "previous", "created"];
 const BOUNDARY: &str = "boundary";
@@ -177,23 +180,48 @@ fn link(previous: &Digest, payload: &[u8]) -> Digest {
     Hasher::new().update(&previous.0).update(payload).finish()
 }
 
-/// Reads one segment's bytes, record by record.
+/// The bytes of a segment, of which a piece at a time is looked at. A byte slice is one.
+pub trait Window {
+    /// What looking may come to besides bytes.
+    type Error: From<Flaw>;
+
+    /// How many bytes there are.
+    fn length(&self) -> u64;
+
+    /// Returns `length` bytes from `offset` on, or fewer where they end before.
+    fn bytes(&mut self, offset: u64, length: usize) -> Result<&[u8], Self::Error>;
+}
+
+impl Window for &[u8] {
+    type Error = Flaw;
+
+    fn length(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn bytes(&mut self, offset: u64, length: usize) -> Result<&[u8], Flaw> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.len());
+        Ok(&self[start..start.saturating_add(length).min(self.len())])
+    }
+}
+
+/// Reads one segment, record by record, holding one record at a time.
 ///
 /// ```
 /// use unbroken::format::journal::{Ending, SegmentReader};
 ///
-/// let mut reader = SegmentReader::new(b"UNBRKJNL\x01\0")?; // The power failed while the header was written.
+/// let mut reader = SegmentReader::new(b"UNBRKJNL\x01\0".as_slice())?; // The power failed while this was written.
 /// assert_eq!(reader.header(), None);
 /// assert_eq!(reader.by_ref().count(), 0);
-/// assert_eq!(reader.ending(), Ending::Torn { offset: 0 });
+/// assert_eq!(reader.ending()?, Ending::Torn { offset: 0 });
 /// # Ok::<(), unbroken::error::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct SegmentReader<'a> {
-    bytes: &'a [u8],
+pub struct SegmentReader<W> {
+    window: W,
     header: Option<SegmentHeader>,
     /// Where the last whole record ends.
-    offset: usize,
+    offset: u64,
     chain: Digest,
     records: u64,
     step: u64,
@@ -201,7 +229,7 @@ pub struct SegmentReader<'a> {
     ending: Option<Ending>,
 }
 
-impl<'a> SegmentReader<'a> {
+impl<W: Window> SegmentReader<W> {
     /// Opens a segment.
     ///
     /// A segment torn inside its header opens: it has no header, no records, and ends torn at 0.
@@ -209,27 +237,30 @@ impl<'a> SegmentReader<'a> {
     /// # Errors
     ///
     /// [`Flaw::NotOurs`], [`Flaw::Version`]; [`Flaw::Damaged`] where records follow a header that does not hold;
-    /// [`Flaw::Malformed`] where the header is whole and breaks a rule.
-    pub fn new(bytes: &'a [u8]) -> Result<SegmentReader<'a>, Flaw> {
-        let chain = Digest([0; 32]);
-        let torn = Some(Ending::Torn { offset: 0 });
+    /// [`Flaw::Malformed`] where the header is whole and breaks a rule. Errors of the window.
+    pub fn new(window: W) -> Result<SegmentReader<W>, W::Error> {
         let mut reader = SegmentReader {
-            bytes,
+            window,
             header: None,
             offset: 0,
-            chain,
+            chain: Digest([0; 32]),
             records: 0,
             step: 0,
-            ending: torn,
+            ending: Some(Ending::Torn { offset: 0 }),
         };
+        let bytes = reader.window.bytes(0, HEADER + MAX_HEADER + HASH)?.to_vec();
         // A file system may give a file its length before its bytes: then they are zero.
         if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(reader);
+            return match reader.find_record(HEADER as u64)? {
+                Search::Nothing => Ok(reader),
+                _ => Err(header_damaged().into()),
+            };
         }
         if !MAGIC.starts_with(&bytes[..bytes.len().min(MAGIC.len())]) {
             return Err(Flaw::NotOurs {
                 what: "a journal segment",
-            });
+            }
+            .into());
         }
         let Some((head, rest)) = bytes.split_at_checked(HEADER) else {
             return Ok(reader);
@@ -241,27 +272,24 @@ impl<'a> SegmentReader<'a> {
             return Err(Flaw::Version {
                 what: "a journal segment",
                 found: version,
-            });
+            }
+            .into());
         }
         let whole = (1..=MAX_HEADER).contains(&length) && rest.len() >= length + HASH;
         let end = HEADER + if whole { length } else { 0 };
-        if !whole || Digest::of(&bytes[..end]).0 != bytes[end..end + HASH] {
-            let hash_broken = whole && continues(bytes, end + HASH, &Digest::of(&bytes[..end]));
-            return if hash_broken || has_record_after(bytes, HEADER) {
-                Err(Flaw::Damaged {
-                    part: "header of the journal segment".to_owned(),
-                    expected: "whole where records follow".to_owned(),
-                    found: "other bytes".to_owned(),
-                })
-            } else {
-                Ok(reader)
+        let chain = Digest::of(&bytes[..end]);
+        if !whole || chain.0 != bytes[end..end + HASH] {
+            let hash_broken = whole && reader.continues((end + HASH) as u64, &chain)?;
+            return match reader.find_record(HEADER as u64)? {
+                Search::Nothing if !hash_broken => Ok(reader),
+                _ => Err(header_damaged().into()),
             };
         }
         let header = raise_header(value::decode(&bytes[HEADER..end])?)?;
         reader.step = header.step;
         reader.header = Some(header);
-        reader.offset = end + HASH;
-        reader.chain = Digest(bytes[end..end + HASH].try_into().expect("32 bytes"));
+        reader.offset = (end + HASH) as u64;
+        reader.chain = chain;
         reader.ending = None;
         Ok(reader)
     }
@@ -273,7 +301,12 @@ impl<'a> SegmentReader<'a> {
 
     /// Where the last whole record read so far ends; after the last one, the length to keep.
     pub fn offset(&self) -> u64 {
-        self.offset as u64
+        self.offset
+    }
+
+    /// How many bytes the segment has.
+    pub fn length(&self) -> u64 {
+        self.window.length()
     }
 
     /// Chain hash up to and including the last record read so far. All zero where there is no header.
@@ -281,123 +314,206 @@ impl<'a> SegmentReader<'a> {
         self.chain
     }
 
-    /// How the segment ends: reads what is left.
-    pub fn ending(mut self) -> Ending {
-        self.by_ref().for_each(drop);
-        self.ending.expect("a reader that has nothing more knows why")
-    }
-
-    /// Reads the record at `offset`; `None` where there is no whole one that continues the chain.
-    fn whole(&self) -> Option<(&'a [u8], Digest)> {
-        let (payload, stored) = frame(self.bytes, self.offset)?;
-        let chain = link(&self.chain, payload);
-        (chain.0 == *stored).then_some((payload, chain))
-    }
-
-    /// Says why there is no whole record at `offset`.
-    fn classify(&self) -> Ending {
-        // The payload may be whole and only its hash broken: then the next record continues the hash it should have.
-        let hash_broken = || {
-            let (payload, _) = frame(self.bytes, self.offset)?;
-            let next = self.offset + LENGTH + payload.len() + HASH;
-            continues(self.bytes, next, &link(&self.chain, payload)).then_some(())
+    /// Goes on with the first record that starts at `offset` or behind it, found by its own hash.
+    ///
+    /// Returns whether there is one; where there is none, nothing changes. What lies before it is not looked at, and
+    /// counts of records start there.
+    ///
+    /// # Errors
+    ///
+    /// Those of the window.
+    pub fn skip_to(&mut self, offset: u64) -> Result<bool, W::Error> {
+        let Search::At(found) = self.find_record(offset.saturating_sub(1))? else {
+            return Ok(false);
         };
-        if self.offset == self.bytes.len() {
-            Ending::Complete
-        } else if hash_broken().is_some() || has_record_after(self.bytes, self.offset) {
-            self.damaged("the record does not hash to its chain hash, and whole records follow".to_owned())
-        } else {
-            Ending::Torn {
-                offset: self.offset as u64,
-            }
-        }
+        self.seek(found)?;
+        Ok(true)
     }
 
-    fn damaged(&self, what: String) -> Ending {
-        Ending::Damaged {
-            offset: self.offset as u64,
-            record: self.records,
-            after_step: self.step,
-            what,
-        }
+    /// Goes on with the record at `offset`, where one was seen before.
+    pub(crate) fn seek(&mut self, offset: u64) -> Result<(), W::Error> {
+        let before = self.window.bytes(offset - HASH as u64, HASH)?;
+        self.chain = Digest(before.try_into().expect("a record stands behind 32 bytes"));
+        self.offset = offset;
+        self.ending = None;
+        Ok(())
     }
-}
 
-impl Iterator for SegmentReader<'_> {
-    type Item = Entry;
+    /// How the segment ends, where the end was reached.
+    pub(crate) fn end(&self) -> Option<Ending> {
+        self.ending.clone()
+    }
+
+    /// How the segment ends: reads what is left.
+    ///
+    /// # Errors
+    ///
+    /// Those of the window.
+    pub fn ending(mut self) -> Result<Ending, W::Error> {
+        while self.read()?.is_some() {}
+        Ok(self.ending.expect("a reader that has nothing more knows why"))
+    }
 
     /// The next whole record; `None` at the end, whichever it is (ask [`SegmentReader::ending`]).
-    fn next(&mut self) -> Option<Entry> {
+    ///
+    /// # Errors
+    ///
+    /// Those of the window.
+    pub fn read(&mut self) -> Result<Option<Entry>, W::Error> {
         if self.ending.is_some() {
-            return None;
+            return Ok(None);
         }
-        let Some((payload, chain)) = self.whole() else {
-            self.ending = Some(self.classify());
-            return None;
+        let chain = self.chain;
+        let whole = self.frame(self.offset)?.and_then(|(payload, stored)| {
+            let next = link(&chain, payload);
+            (next.0 == *stored).then(|| {
+                let decoded = value::decode_nested(payload, value::MAX_DEPTH + 2, MAX_MEMORY).and_then(raise);
+                (decoded, payload.len(), next)
+            })
+        });
+        let Some((decoded, length, chain)) = whole else {
+            self.ending = Some(self.classify()?);
+            return Ok(None);
         };
-        let decoded = value::decode_nested(payload, value::MAX_DEPTH + 2, MAX_MEMORY).and_then(raise);
         let record = match decoded {
             Ok(record) => record,
             Err(flaw) => {
                 self.ending = Some(self.damaged(flaw.to_string()));
-                return None;
+                return Ok(None);
             }
         };
         if let Record::Boundary { step, .. } = record {
             self.step = step;
         }
-        let offset = self.offset as u64;
-        self.offset += LENGTH + payload.len() + HASH;
+        let offset = self.offset;
+        self.offset += (LENGTH + length + HASH) as u64;
         self.chain = chain;
         self.records += 1;
-        Some(Entry {
+        Ok(Some(Entry {
             record,
             offset,
             chain,
-        })
+        }))
     }
-}
 
-/// The payload and the stored chain hash of what might be a record; `None` where its length cannot be one.
-fn frame(bytes: &[u8], offset: usize) -> Option<(&[u8], &[u8; HASH])> {
-    let (length, rest) = bytes.get(offset..)?.split_first_chunk::<LENGTH>()?;
-    let length = u32::from_le_bytes(*length) as usize;
-    if !(1..=MAX_RECORD).contains(&length) {
-        return None;
-    }
-    let (payload, rest) = rest.split_at_checked(length)?;
-    Some((payload, rest.first_chunk::<HASH>()?))
-}
-
-/// Whether a whole record at `offset` continues a chain.
-fn continues(bytes: &[u8], offset: usize, previous: &Digest) -> bool {
-    frame(bytes, offset).is_some_and(|(payload, stored)| link(previous, payload).0 == *stored)
-}
-
-/// Whether a whole record starts somewhere behind `offset`.
-///
-/// Each record continues the 32 bytes right before it, so one can be recognised without reading what comes earlier.
-/// Hashing is bounded: where the budget runs out, the answer is that one does, the safer of the two.
-fn has_record_after(bytes: &[u8], offset: usize) -> bool {
-    let mut budget = SEARCH_BUDGET;
-    for start in offset.max(HASH - 1) + 1..bytes.len() {
-        let Some((payload, _)) = frame(bytes, start) else {
-            continue;
+    /// Says why there is no whole record at `offset`.
+    fn classify(&mut self) -> Result<Ending, W::Error> {
+        if self.offset == self.window.length() {
+            return Ok(Ending::Complete);
+        }
+        // The payload may be whole and only its hash broken: then the next record continues the hash it should have.
+        let chain = self.chain;
+        let should = self
+            .frame(self.offset)?
+            .map(|(payload, _)| (payload.len(), link(&chain, payload)));
+        let hash_broken = match should {
+            Some((length, chain)) => self.continues(self.offset + (LENGTH + length + HASH) as u64, &chain)?,
+            None => false,
         };
-        // A record is a list of five or six parts; the check spares nearly all the hashing.
-        if !matches!(payload[0], 0x85 | 0x86) {
-            continue;
+        if !hash_broken && matches!(self.find_record(self.offset)?, Search::Nothing) {
+            return Ok(Ending::Torn { offset: self.offset });
         }
-        if payload.len() > budget {
-            return true;
-        }
-        budget -= payload.len();
-        let previous = Digest(bytes[start - HASH..start].try_into().expect("32 bytes"));
-        if continues(bytes, start, &previous) {
-            return true;
+        Ok(self.damaged("the record does not hash to its chain hash, and whole records follow".to_owned()))
+    }
+
+    fn damaged(&self, what: String) -> Ending {
+        Ending::Damaged {
+            offset: self.offset,
+            record: self.records,
+            after_step: self.step,
+            what,
         }
     }
-    false
+
+    /// The payload and the stored chain hash of what might be a record; `None` where its length cannot be one.
+    fn frame(&mut self, offset: u64) -> Result<Option<Frame<'_>>, W::Error> {
+        let Some(length) = self.window.bytes(offset, LENGTH)?.first_chunk::<LENGTH>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*length) as usize;
+        let end = offset.saturating_add((LENGTH + length + HASH) as u64);
+        if !(1..=MAX_RECORD).contains(&length) || end > self.window.length() {
+            return Ok(None);
+        }
+        let bytes = self.window.bytes(offset, LENGTH + length + HASH)?;
+        let framed = bytes.split_at_checked(LENGTH + length);
+        Ok(framed.and_then(|(record, hash)| Some((&record[LENGTH..], hash.first_chunk()?))))
+    }
+
+    /// Whether a whole record at `offset` continues a chain.
+    fn continues(&mut self, offset: u64, previous: &Digest) -> Result<bool, W::Error> {
+        let framed = self.frame(offset)?;
+        Ok(framed.is_some_and(|(payload, stored)| link(previous, payload).0 == *stored))
+    }
+
+    /// Looks for a whole record that starts behind `offset`.
+    ///
+    /// Each record continues the 32 bytes right before it, so one can be recognised without reading what comes earlier.
+    /// Hashing is bounded.
+    fn find_record(&mut self, offset: u64) -> Result<Search, W::Error> {
+        let mut budget = SEARCH_BUDGET;
+        let mut first = offset.max(HASH as u64 - 1) + 1;
+        loop {
+            // A piece is looked at as a copy: what might be a record is asked for through the same window.
+            let piece = self.window.bytes(first, SEARCH_PIECE + LENGTH)?.to_vec();
+            if piece.len() <= LENGTH {
+                return Ok(Search::Nothing);
+            }
+            let count = if piece.iter().all(|byte| *byte == 0) {
+                0 // A file of holes.
+            } else {
+                piece.len() - LENGTH
+            };
+            for start in 0..count {
+                // A record is a list of five or six parts; the check spares nearly all the hashing.
+                if !matches!(piece[start + LENGTH], 0x85 | 0x86) {
+                    continue;
+                }
+                let place = first + start as u64;
+                let Some(length) = self.frame(place)?.map(|(payload, _)| payload.len()) else {
+                    continue;
+                };
+                if length > budget {
+                    return Ok(Search::GivenUp);
+                }
+                budget -= length;
+                let previous = self.window.bytes(place - HASH as u64, HASH)?;
+                let previous = Digest(previous.try_into().expect("places start behind a hash"));
+                if self.continues(place, &previous)? {
+                    return Ok(Search::At(place));
+                }
+            }
+            first += (piece.len() - LENGTH) as u64;
+        }
+    }
+}
+
+/// A payload, and the chain hash behind it.
+type Frame<'a> = (&'a [u8], &'a [u8; HASH]);
+
+/// What a search for a record came to.
+enum Search {
+    /// One starts here.
+    At(u64),
+    Nothing,
+    /// It would have taken too long. For what is torn or damaged, that counts as found: the safer of the two.
+    GivenUp,
+}
+
+fn header_damaged() -> Flaw {
+    Flaw::Damaged {
+        part: "header of the journal segment".to_owned(),
+        expected: "whole where records follow".to_owned(),
+        found: "other bytes".to_owned(),
+    }
+}
+
+impl<W: Window> Iterator for SegmentReader<W> {
+    type Item = Result<Entry, W::Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.read().transpose()
+    }
 }
 
 fn lower(record: &Record) -> Result<Value, Flaw> {

@@ -8,6 +8,7 @@ pub mod journal;
 pub mod manifest;
 pub mod pack;
 mod record;
+pub mod saved;
 pub mod value;
 
 use std::fmt;

@@ -107,7 +107,7 @@ impl Store {
         life: u32,
         created: String,
         journal_head: Digest,
-    ) -> Result<CheckpointInfo> {
+    ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let plan = self.plan(&commit)?;
         let count = plan.new.as_ref().map_or(0, |(new, _)| new.len());
@@ -157,7 +157,7 @@ impl Store {
             manifest,
         };
         self.admit(&checkpoint, true);
-        Ok((*checkpoint.info).clone())
+        Ok(checkpoint)
     }
 
     /// Puts pack and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.

@@ -272,7 +272,7 @@ pub fn journals(bytes: &[u8]) {
         };
         let mut count = 0;
         let mut previous = reader.head();
-        for entry in reader.by_ref() {
+        for entry in reader.by_ref().map(|entry| entry.expect("memory can be read")) {
             let (written, chain) =
                 journal::encode_record(&previous, &entry.record).expect("what was read can be written");
             let at = entry.offset as usize;
@@ -282,7 +282,7 @@ pub fn journals(bytes: &[u8]) {
             count += 1;
         }
         assert!(reader.offset() <= segment.len() as u64);
-        reader.ending();
+        reader.ending().expect("memory can be read");
         count
     };
     read(bytes);

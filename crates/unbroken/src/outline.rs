@@ -1,0 +1,244 @@
+//! What a state is made of, and a digest for each of its leaves: enough to compare two states without their bytes.
+//!
+//! Touches: nothing. An outline is taken of a tree whose views were checked against their storages, when a checkpoint
+//! is written or from its manifest. The journal keeps one for each checkpoint (format/saved.rs), also of those that
+//! retention has deleted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::digest::{Digest, Hasher};
+use crate::elements::row_major;
+use crate::format::manifest::element_size;
+use crate::format::saved::{Content, Node, Outline};
+use crate::format::value;
+use crate::state::{Tensor, UNTOUCHED, Value};
+use crate::store::{contiguous, key_text};
+
+/// Returns the outline of a tree.
+///
+/// `storages` has length and digest of each storage. `bytes` has their bytes or nothing: without them, the content of a
+/// tensor that is not its storage's bytes in order cannot be told.
+pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: Option<&[&[u8]]>) -> Outline {
+    let leaves = Leaves::of(tree);
+    let contents = leaves
+        .values
+        .iter()
+        .map(|leaf| match leaf {
+            Value::Tensor(tensor) => {
+                let index = tensor.storage as usize;
+                content(
+                    tensor,
+                    *storages.get(index)?,
+                    bytes.and_then(|bytes| bytes.get(index).copied()),
+                )
+            }
+            plain => value::digest_value(plain)
+                .ok()
+                .map(|digest| Content::cut(&digest)),
+        })
+        .collect();
+    Outline {
+        nodes: Arc::new(leaves.nodes),
+        contents,
+    }
+}
+
+/// A tree's nodes, and its leaves' values in the same order.
+#[derive(Debug, Default)]
+pub(crate) struct Leaves<'t> {
+    pub nodes: Vec<Node>,
+    pub values: Vec<&'t Value>,
+    /// For each storage the first leaf that views it.
+    owners: HashMap<u32, String>,
+}
+
+impl<'t> Leaves<'t> {
+    /// Walks a tree, leaving out what comparisons do ([`UNTOUCHED`]).
+    pub fn of(tree: &'t Value) -> Leaves<'t> {
+        let mut leaves = Leaves::default();
+        leaves.node(String::new(), tree);
+        leaves
+    }
+
+    fn node(&mut self, path: String, value: &'t Value) {
+        let below = |part: &str| {
+            if path.is_empty() {
+                part.to_owned()
+            } else {
+                format!("{path}/{part}")
+            }
+        };
+        let parts: Vec<(String, &'t Value)> = match value {
+            Value::Dict(items) => {
+                let kept =
+                    |key: &Value| !path.is_empty() || !matches!(key, Value::Str(name) if name == UNTOUCHED);
+                let kept = items.iter().filter(|(key, _)| kept(key));
+                kept.map(|(key, item)| (below(&key_text(key)), item)).collect()
+            }
+            Value::Object { fields, .. } => fields.iter().map(|(name, item)| (below(name), item)).collect(),
+            Value::List(items) | Value::Tuple(items) if items.iter().any(branches) => items
+                .iter()
+                .enumerate()
+                .map(|(index, item)| (below(&index.to_string()), item))
+                .collect(),
+            Value::Tensor(tensor) => {
+                let nested = tensor.attrs.iter().filter(|(_, value)| branches(value));
+                nested.map(|(name, item)| (below(name), item)).collect()
+            }
+            _ => Vec::new(),
+        };
+        let layout = match value {
+            Value::Tensor(tensor) => self.layout(&path, tensor),
+            _ => String::new(),
+        };
+        let leaf = parts.is_empty() || matches!(value, Value::Tensor(_));
+        if leaf {
+            self.values.push(value);
+        }
+        self.nodes.push(Node {
+            path,
+            what: what(value),
+            layout,
+            leaf,
+        });
+        for (path, part) in parts {
+            self.node(path, part);
+        }
+    }
+
+    fn layout(&mut self, path: &str, tensor: &Tensor) -> String {
+        let owner = self
+            .owners
+            .entry(tensor.storage)
+            .or_insert_with(|| path.to_owned());
+        let mut layout = String::new();
+        if !tensor.shape.contains(&0) && !contiguous(tensor) {
+            layout = format!(
+                "strides {:?} from element {}",
+                telling_strides(tensor),
+                tensor.offset
+            );
+        }
+        if owner != path {
+            layout.push_str(if layout.is_empty() { "" } else { ", " });
+            layout.push_str(&format!("memory shared with `{owner}`"));
+        }
+        layout
+    }
+}
+
+/// Strides of a tensor, those of dimensions of size 1 as zero: they mean nothing.
+fn telling_strides(tensor: &Tensor) -> Vec<i64> {
+    let pairs = tensor.shape.iter().zip(&tensor.strides);
+    pairs
+        .map(|(size, stride)| if *size == 1 { 0 } else { *stride })
+        .collect()
+}
+
+/// Whether a value holds something that deserves a path of its own.
+fn branches(value: &Value) -> bool {
+    match value {
+        Value::Tensor(_) => true,
+        Value::Dict(items) => !items.is_empty(),
+        Value::Object { fields, .. } => !fields.is_empty(),
+        Value::List(items) | Value::Tuple(items) => items.iter().any(branches),
+        _ => false,
+    }
+}
+
+fn what(value: &Value) -> String {
+    match value {
+        Value::Tensor(tensor) => tensor_words(tensor),
+        Value::Object { kind, name, .. } => format!("{kind} {name}"),
+        other => kind(other).to_owned(),
+    }
+}
+
+/// A tensor in words: dtype, shape, device and what its front says of it.
+pub(crate) fn tensor_words(tensor: &Tensor) -> String {
+    let mut words = format!("{} {:?} on {}", tensor.dtype, tensor.shape, tensor.device);
+    for (name, value) in tensor.attrs.iter().filter(|(_, value)| !branches(value)) {
+        words.push_str(&format!(", {name} {}", value_words(value)));
+    }
+    words
+}
+
+/// A plain value for people; long ones by digest.
+pub(crate) fn value_words(value: &Value) -> String {
+    match value {
+        Value::None => "None".to_owned(),
+        Value::Bool(value) => if *value { "True" } else { "False" }.to_owned(),
+        Value::Int(number) => number.to_string(),
+        Value::Float(bits) => float_words(*bits),
+        Value::Str(text) if text.len() <= 60 => format!("{text:?}"),
+        Value::Bytes(bytes) => format!("{} bytes {}", bytes.len(), &Digest::of(bytes).short()[..12]),
+        Value::Tensor(tensor) => tensor_words(tensor),
+        other => match value::digest_value(other) {
+            Ok(digest) => format!("{} {}", kind(other), &digest.short()[..12]),
+            Err(_) => kind(other).to_owned(),
+        },
+    }
+}
+
+/// A float for people; its bits as well where text does not tell them.
+pub(crate) fn float_words(bits: u64) -> String {
+    let number = f64::from_bits(bits);
+    if number.is_nan() {
+        format!("nan ({bits:016x})")
+    } else {
+        format!("{number:?}")
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::None => "None",
+        Value::Bool(_) => "bool",
+        Value::Int(_) | Value::BigInt { .. } => "int",
+        Value::Float(_) => "float",
+        Value::Complex(..) => "complex",
+        Value::Str(_) => "text",
+        Value::Bytes(_) => "bytes",
+        Value::List(_) => "list",
+        Value::Tuple(_) => "tuple",
+        Value::Dict(_) => "dict",
+        Value::Set(_) => "set",
+        Value::FrozenSet(_) => "frozen set",
+        Value::Object { .. } => "object",
+        Value::Tensor(_) => "tensor",
+    }
+}
+
+/// Digest of a tensor's elements in row-major order. Its storage's digest is that already where the tensor is the whole
+/// storage in that order; other views are gathered, if their bytes are at hand.
+fn content(tensor: &Tensor, (length, digest): (u64, Digest), bytes: Option<&[u8]>) -> Option<Content> {
+    let whole = view_bytes(tensor);
+    match whole {
+        Some(whole) if whole == length && contiguous(tensor) => Some(Content::cut(&digest)),
+        Some(whole) if whole <= length => {
+            row_major(tensor, bytes?).map(|elements| Content::cut(&Digest::of(&elements)))
+        }
+        // More elements than the storage has: some occur again and again, without end perhaps. And what the elements of
+        // a dtype that only a front knows are cannot be told. What is known is the storage and the view.
+        _ => {
+            let mut hasher = Hasher::new();
+            hasher.update(&digest.0).update(&tensor.offset.to_le_bytes());
+            for stride in telling_strides(tensor) {
+                hasher.update(&stride.to_le_bytes());
+            }
+            Some(Content::cut(&hasher.finish()))
+        }
+    }
+}
+
+/// Bytes of a tensor's elements laid end to end; `None` for dtypes that only a front knows.
+pub(crate) fn view_bytes(tensor: &Tensor) -> Option<u64> {
+    let size = element_size(&tensor.dtype)?;
+    Some(
+        tensor
+            .shape
+            .iter()
+            .fold(size, |bytes, size| bytes.saturating_mul(*size)),
+    )
+}
