@@ -54,6 +54,28 @@ WAVERS = EXACT.replace("import random, torch", "import os, random, torch").repla
 )
 
 
+# Two runs, each with a network that nobody seeded: no two processes would begin either of them alike.
+TWO_RUNS = """
+import torch
+from torch import nn
+import unbroken
+
+for name in ("first", "second"):
+    net = nn.Linear(4, 2)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.sin(torch.arange(32.0)).reshape(8, 4))
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True)
+    with unbroken.Run(f"anywhere/{name}", model=net, optimizer=opt, checkpoint=2) as run:
+        for _ in run.epochs(2):
+            for (x,) in run.batches(loader):
+                loss = net(x).square().mean()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                run.log(loss=loss)
+"""
+
+
 def write(directory: Path, text: str) -> Path:
     script = directory / "train.py"
     script.write_text(text)
@@ -83,6 +105,14 @@ def test_a_script_that_forgets_something_fails_with_the_first_difference(tmp_pat
     assert "likely cause: " in words
     kept = Path(words.rpartition("kept in ")[2])
     assert (kept / "trial-1" / "runs" / "run" / "run.toml").exists()
+
+
+def test_every_run_of_a_script_gets_a_start_of_its_own(tmp_path: Path) -> None:
+    script = write(tmp_path, TWO_RUNS)
+    proof = unbroken.testing.prove(script, kills=1, environment={"TMPDIR": str(tmp_path)})
+    assert proof.exact, proof.details
+    # Four steps, two ends of epochs and the end, twice.
+    assert proof.boundaries == 14
 
 
 def test_a_script_that_is_not_deterministic_is_told_from_one_that_resumes_wrongly(tmp_path: Path) -> None:

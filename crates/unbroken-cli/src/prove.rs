@@ -7,7 +7,8 @@ pub(crate) mod judge;
 pub(crate) mod life;
 mod plan;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -202,9 +203,15 @@ impl Proof {
         self.make_start()?;
         self.progress.say("running the program uninterrupted, twice");
         let none = Trial { stops: Vec::new() };
-        let pair = self.each(&["uninterrupted-1", "uninterrupted-2"], |name| {
-            self.perform(name, &none, "")
-        });
+        let twice = || self.each(&UNINTERRUPTED, |name| self.perform(name, &none, ""));
+        let mut pair = twice();
+        if self.make_further_starts()? {
+            for name in UNINTERRUPTED {
+                let stale = self.directory.join(name);
+                fs::remove_dir_all(&stale).map_err(|error| io_failure("remove", &stale, &error))?;
+            }
+            pair = twice();
+        }
         let mut expected = Vec::new();
         for outcome in &pair {
             let outcome = outcome
@@ -275,21 +282,61 @@ impl Proof {
         Ok(report)
     }
 
-    /// Makes the run, up to its checkpoint of step 0. Every trial goes on from a copy of it: what the program left
-    /// unseeded is the same for all of them then, as it is for all lives of one run.
+    /// Makes the program's first run, up to its checkpoint of step 0. Every trial goes on from a copy of it: what the
+    /// program left unseeded is the same for all of them then, as it is for all lives of one run.
     fn make_start(&self) -> Result<(), Failure> {
+        if self.live_to_next_start(&self.directory.join(START), 1)? {
+            return Ok(());
+        }
+        Err(self.no_steps())
+    }
+
+    /// Makes the same of every further run that the program makes; says whether there are any.
+    ///
+    /// The program goes on in a directory of its own, killed whenever another run has saved its step 0: those before it
+    /// are complete then, and it is copied as it is.
+    fn make_further_starts(&self) -> Result<bool, Failure> {
+        let starts = self.directory.join(START).join("runs");
+        let failed = |error: io::Error| io_failure("copy a run to", &starts, &error);
+        let known = run_names(&starts).map_err(failed)?;
+        let made = run_names(&self.directory.join(UNINTERRUPTED[0]).join("runs")).map_err(failed)?;
+        if made.is_subset(&known) {
+            return Ok(false);
+        }
+        self.progress.say("starting the program's further runs");
+        let scratch = self.directory.join("starts");
+        copy_tree(&starts, &scratch.join("runs")).map_err(failed)?;
+        let mut life = 1;
+        while self.live_to_next_start(&scratch, life)? {
+            let here = scratch.join("runs");
+            let new = run_names(&here).map_err(failed)?;
+            let old = run_names(&starts).map_err(failed)?;
+            if new.is_subset(&old) {
+                break;
+            }
+            for name in new.difference(&old) {
+                copy_tree(&here.join(name), &starts.join(name)).map_err(failed)?;
+            }
+            life += 1;
+        }
+        fs::remove_dir_all(&scratch).map_err(|error| io_failure("remove", &scratch, &error))?;
+        Ok(true)
+    }
+
+    /// Runs the program until a run has saved its step 0; says whether one did.
+    fn live_to_next_start(&self, directory: &Path, number: usize) -> Result<bool, Failure> {
         let stop = Stop::KillAt {
             point: "saved:0".to_owned(),
             delay_ms: 0.0,
         };
         let life = self
             .program
-            .live(&self.directory.join(START), 1, Some(&stop), "")
+            .live(directory, number, Some(&stop), "")
             .map_err(|error| io_failure("run the program in", &self.directory, &error))?;
         match &life.end {
-            End::Killed => Ok(()),
+            End::Killed => Ok(true),
             End::Failed(how) => Err(self.broken(&format!("it ended with {how}: {}", last_words(&life.log)))),
-            End::Finished | End::Stopped(_) | End::TimedOut => Err(self.no_steps()),
+            End::Finished | End::Stopped(_) | End::TimedOut => Ok(false),
         }
     }
 
@@ -470,8 +517,22 @@ impl Proof {
     }
 }
 
-/// The directory in which the run is made that all trials go on from.
+/// The directory in which the runs are made that all trials go on from.
 const START: &str = "start";
+/// Directories of what all trials are compared with, and of its repetition.
+const UNINTERRUPTED: [&str; 2] = ["uninterrupted-1", "uninterrupted-2"];
+
+/// Names of the runs in a directory.
+fn run_names(runs: &Path) -> io::Result<BTreeSet<OsString>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(runs)? {
+        let entry = entry?;
+        if entry.path().join("run.toml").is_file() {
+            names.insert(entry.file_name());
+        }
+    }
+    Ok(names)
+}
 
 /// Copies a directory of runs. Nothing writes to it meanwhile.
 fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
