@@ -1,8 +1,12 @@
 """The report as a page that needs nothing else, and the run as a line in the terminal. No torch takes part."""
 
+import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -118,6 +122,80 @@ def test_two_runs_lie_over_each_other_with_the_first_difference_marked(killed: P
     assert "they part at step 30" in page.words
     assert "The runs are not the same" in page.words
     assert f"{other} differs first at step 30, in log/loss" in page.words
+
+
+def browser() -> str:
+    """Return the browser that looks at pages; without one nobody has looked, and the tests must not pass."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome")]
+    assert any(found), "no Chromium on this machine: `apt-get install chromium`, or any of its kind"
+    return next(filter(None, found))
+
+
+def screenshot(page: Path, scheme: str, place: Path) -> set[str]:
+    """Look at a page in a real browser; return the colours that it shows, as `rrggbb`."""
+    place.mkdir(exist_ok=True)
+    picture = place / f"{scheme}.png"
+    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--window-size=1040,900", f"--user-data-dir={place / 'profile'}", f"--screenshot={picture}"]
+    command += [f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert picture.exists(), done.stderr
+    return colours(picture.read_bytes())
+
+
+def colours(png: bytes) -> set[str]:
+    """Return the colours of a picture: PNG of 8 bits a channel, not interlaced."""
+    at, compressed, width, height, channels = 8, b"", 0, 0, 0
+    while at < len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        body = png[at + 8 : at + 8 + length]
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack(">IIBB", body[:10])
+            assert depth == 8
+            channels = {2: 3, 6: 4}[colour]
+        elif kind == b"IDAT":
+            compressed += body
+        at += 12 + length
+    rows = zlib.decompress(compressed)
+    stride = width * channels
+    above, seen = bytes(stride), set[bytes]()
+    for row in range(height):
+        start = row * (stride + 1)
+        above = unfiltered(rows[start], rows[start + 1 : start + 1 + stride], above, channels)
+        seen.update(above[index : index + 3] for index in range(0, stride, channels))
+    return {colour.hex() for colour in seen}
+
+
+def unfiltered(kind: int, line: bytes, above: bytes, channels: int) -> bytes:
+    """Undo a PNG row's filter: none, or the difference from the left, from above, their mean, or the nearest."""
+    if kind == 0:
+        return line
+    if kind == 2:
+        return bytes((value + up) & 255 for value, up in zip(line, above, strict=True))
+    out = bytearray(len(line))
+    for index, (value, up) in enumerate(zip(line, above, strict=True)):
+        left, corner = (out[index - channels], above[index - channels]) if index >= channels else (0, 0)
+        if kind == 1:
+            guess = left
+        elif kind == 3:
+            guess = (left + up) // 2
+        else:
+            guess = min((left, up, corner), key=lambda other: abs(left + up - corner - other))
+        out[index] = (value + guess) & 255
+    return bytes(out)
+
+
+def test_a_browser_shows_curves_lives_and_the_parting_in_light_and_dark(killed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(other, range(1, 41), 8, off_at=30)
+    page = tmp_path / "page.html"
+    program("report", other, killed, "-o", page)
+    # Paper, ink, both curves, a kill and the parting, what was executed again. The pictures are for people to judge.
+    place = Path(os.environ.get("UNBROKEN_SCREENSHOTS", tmp_path / "screenshots"))
+    light = {"fbfbf9", "1c2330", "2456c9", "c2410c", "c4321f", "18794e"}
+    dark = {"12151c", "e6e8ee", "82a8ff", "ffa36b", "ff7a66", "4cc38a"}
+    assert light - screenshot(page, "light", place) == set()
+    assert dark - screenshot(page, "dark", place) == set()
 
 
 def test_a_run_that_did_not_repeat_itself_says_so_on_top(tmp_path: Path) -> None:
