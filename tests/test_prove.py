@@ -111,8 +111,8 @@ def test_every_run_of_a_script_gets_a_start_of_its_own(tmp_path: Path) -> None:
     script = write(tmp_path, TWO_RUNS)
     proof = unbroken.testing.prove(script, kills=1, environment={"TMPDIR": str(tmp_path)})
     assert proof.exact, proof.details
-    # Four steps, two ends of epochs and the end, twice.
-    assert proof.boundaries == 14
+    # Four steps and two ends of epochs, twice.
+    assert proof.boundaries == 12
 
 
 def test_a_script_that_is_not_deterministic_is_told_from_one_that_resumes_wrongly(tmp_path: Path) -> None:
