@@ -198,8 +198,13 @@ class Recorder:
     ) -> Difference | None:
         """Append the record: what was handed out, generators, learning rates, what was logged, digests of the state.
 
-        Returns and raises as `Run.record`.
+        Returns and raises as `Run.record`. After a `StorageError` the record is kept, and goes before the next one.
         """
+    @property
+    def unwritten(self) -> int:
+        """How many records are kept that the disk did not take."""
+    def write(self) -> Difference | None:
+        """Append what is kept, up to and including the first record that differs from an earlier life's."""
 
 def derive_key(seed: int, purpose: str, epoch: int, position: int) -> bytes:
     """Return 32 bytes, a pure function of the arguments (docs/format.md, "Keys")."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import os
+import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,8 +33,10 @@ from .errors import (
     MismatchError,
     NotExact,
     NotTracked,
+    StorageError,
     UnbrokenError,
 )
+from .full import FullDisk, OnFull, estimate, is_full
 from .policy import Keep, Policy, as_policy, walltime_deadline
 from .proving import Instructions
 from .stop import StopRequest
@@ -45,6 +48,9 @@ from .torch.watch import MODULE_WATCH_STEPS, Watch
 REQUEUE_CODE = 75
 
 _IN_EPOCH, _BETWEEN_EPOCHS, _FINISHED = 0, 1, 2
+
+# Steps that a run goes on for without its journal on a full disk.
+_MOST_UNWRITTEN = 10_000
 
 
 class State(dict[str, Any]):
@@ -116,6 +122,8 @@ class Run:
         journal: `sampled` digests a rotating window of the state each step, `full` all of it.
         data_fingerprint: Text that identifies the content of the data; compared on resume.
         on_divergence: `stop` raises when a step executed again differs from the journal; `continue` marks the run.
+        on_full: What to do when the disk is full: `stop` raises, `wait` pauses until there is room, `continue` trains
+            on and tries again when the next checkpoint is due. The last one of a life is never left out.
         strict: Refuse a damaged newest checkpoint instead of falling back to the next older one.
         quiet: Say nothing on stderr.
         objects: What to track, by name: modules, optimizers, schedulers, scalers, generators, samplers, anything with
@@ -142,6 +150,7 @@ class Run:
         journal: digests.Level | None = None,
         data_fingerprint: str | None = None,
         on_divergence: Literal["stop", "continue"] = "stop",
+        on_full: OnFull = "stop",
         strict: bool = False,
         quiet: bool = False,
         **objects: Any,
@@ -177,6 +186,7 @@ class Run:
         self._stop = StopRequest(
             deadline=walltime_deadline(walltime, now=time.time(), environment=os.environ)
         )
+        self._full = FullDisk(on_full, say=self._say, stopping=lambda: self._stop.reason is not None)
         self._objects: dict[str, Any] = {}
         self.track(**objects)
 
@@ -540,6 +550,7 @@ class Run:
             f"resumed {self.path} at step {place.step} ({where}) from checkpoint {info.name}: "
             f"{notices.size(info.size_bytes)} verified"
         )
+        self._say_space(info.size_bytes)
         for name, recorded, current in environment.changed(info.environment, self._versions):
             self._say(
                 f"the environment changed: {name} was {recorded}, is {current}; compare what the journal says"
@@ -701,7 +712,7 @@ class Run:
             self._proof.reached(f"step:{self.step}")
         reason = self._stop.reason or self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
-            self._commit(_IN_EPOCH)
+            self._commit(_IN_EPOCH, required=reason is not None)
             self._proof.reached(f"saved:{self.step}")
         if reason is not None:
             self._exit_for(reason)
@@ -764,7 +775,7 @@ class Run:
         self._proof.reached(f"epoch:{epoch}")
         reason = self._stop.reason
         if reason is not None or self._due(_BETWEEN_EPOCHS):
-            self._commit(_BETWEEN_EPOCHS)
+            self._commit(_BETWEEN_EPOCHS, required=reason is not None)
         if reason is not None:
             self._exit_for(reason)
 
@@ -788,18 +799,31 @@ class Run:
     def _record(self, phase: int) -> None:
         place, state = self._place, self._state_digests
         assert state is not None, "a boundary comes after the start"
-        difference = self._recorder.record(
-            place.step, phase, place.epoch, place.position, state.at(place.step)
-        )
-        if difference is not None and not self._has_diverged:
-            self._diverged(difference)
+        try:
+            difference = self._recorder.record(
+                place.step, phase, place.epoch, place.position, state.at(place.step)
+            )
+        except StorageError as error:
+            if not is_full(error):
+                raise
+            self._full.attempt(self._write_records, required=self._recorder.unwritten > _MOST_UNWRITTEN)
+        else:
+            if difference is not None and not self._has_diverged:
+                self._diverged(difference)
         if place.step <= self._core.recorded_until and not self._has_diverged:
             self._executed_again(phase)
+
+    def _write_records(self) -> None:
+        """Write what a full disk did not take."""
+        while self._recorder.unwritten:
+            difference = self._recorder.write()
+            if difference is not None and not self._has_diverged:
+                self._diverged(difference)
 
     def _executed_again(self, phase: int) -> None:
         if self._replayed_from is None:
             self._replayed_from = self.step
-        if self.step == self._core.recorded_until and phase == _IN_EPOCH:
+        if self.step == self._core.recorded_until and phase == _IN_EPOCH and not self._recorder.unwritten:
             begin, last = self._replayed_from, self.step
             steps = f"step {last}" if begin == last else f"steps {begin}-{last}"
             self._say(f"{steps} executed again: identical")
@@ -853,8 +877,11 @@ class Run:
         since = time.monotonic() - self._last_commit
         return self.policy.due(step=self._place.step, phase=phase, seconds_since_last=since)
 
-    def _commit(self, phase: int) -> None:
-        """Save this boundary. On return it survives a power cut; then, and only then, older ones may go."""
+    def _commit(self, phase: int, *, required: bool = True) -> None:
+        """Save this boundary. On return it survives a power cut; then, and only then, older ones may go.
+
+        What is not required may be left out while the disk is full, where `on_full` says so.
+        """
         captured = snapshot.capture(self._objects, values={"state": dict(self.state)})
         tree = {
             "run": self._place.lowered(),
@@ -864,20 +891,34 @@ class Run:
             "loaders": {**self._unopened_loaders(), **self._loader_states()},
         }
         self._proof.reached(f"saving:{self.step}")
-        self._core.commit(
-            step=self.step,
-            phase=phase,
-            tree=tree,
-            storages=captured.regions(),
-            identity={**self._unopened_identity(), **self._identity},
-            environment=self._versions,
-            metrics=self._metrics,
-            pinned=self._pin_next,
-        )
-        self._pin_next = False
+        storages = captured.regions()
+        if self._checkpoint is None and self.step == 0:
+            self._say_space(sum(length for _, length in storages))
+
+        def write() -> None:
+            self._write_records()
+            self._core.commit(
+                step=self.step,
+                phase=phase,
+                tree=tree,
+                storages=storages,
+                identity={**self._unopened_identity(), **self._identity},
+                environment=self._versions,
+                metrics=self._metrics,
+                pinned=self._pin_next,
+            )
+
+        saved = self._full.attempt(write, required=required)
         self._last_commit = time.monotonic()
+        if not saved:
+            return
+        self._pin_next = False
         if self.keep.last is not None:
             self._core.prune(last=self.keep.last, every=self.keep.every, best=self.keep.best)
+
+    def _say_space(self, checkpoint_bytes: int) -> None:
+        free_bytes = shutil.disk_usage(self.path).free
+        self._say(f"{self.path}: {estimate(checkpoint_bytes, self.keep.last, free_bytes)}")
 
     def _loader_states(self) -> dict[str, Any]:
         self._retire_loaders()

@@ -68,6 +68,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allow", default="", help="refusals to override, comma between")
     add("--slow-ms", type=float, default=0, help="time that an item takes to load")
     add("--pause-ms", type=float, default=0, help="time that a step takes besides the work")
+    add("--on-full", default="stop", help="what to do when the disk is full")
+    add("--keep", type=int, default=3)
     add("--walltime", default=None)
     add("--requeue-code", type=int, default=75)
     add(
@@ -304,6 +306,8 @@ def open_run(options: argparse.Namespace, parts: dict[str, Any], data: Items) ->
         data=options.data,
         journal=options.journal,
         checkpoint=checkpoint,
+        keep=options.keep,
+        on_full=options.on_full,
         **parts,
         **more,
     )

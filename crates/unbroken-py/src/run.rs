@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
 use unbroken::format::journal::Component;
-use unbroken::journal;
+use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
 use unbroken::store::{Best, Commit, Order, Retention};
 
@@ -138,7 +138,15 @@ impl Run {
         components: &Bound<'_, PyAny>,
     ) -> PyResult<Option<Difference>> {
         let components = components_from_python(components)?;
-        self.append(py, step, phase, epoch, position, components)
+        self.append(&Boundary {
+            step,
+            phase,
+            epoch,
+            position,
+            components,
+            lives: Vec::new(),
+        })
+        .map_err(|failure| error::raise(py, &failure))
     }
 
     fn event(&self, py: Python<'_>, kind: &str, step: u64, fields: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -243,19 +251,8 @@ impl Run {
 
 impl Run {
     /// Appends one record, and compares it with what earlier lives recorded.
-    pub(crate) fn append(
-        &self,
-        py: Python<'_>,
-        step: u64,
-        phase: u8,
-        epoch: u64,
-        position: u64,
-        components: Vec<(String, Component)>,
-    ) -> PyResult<Option<Difference>> {
-        let difference = self
-            .run
-            .record(step, phase, epoch, position, components)
-            .map_err(|failure| error::raise(py, &failure))?;
+    pub(crate) fn append(&self, boundary: &Boundary) -> unbroken::Result<Option<Difference>> {
+        let difference = self.run.record_boundary(boundary)?;
         Ok(difference.map(|difference| Difference { difference }))
     }
 }

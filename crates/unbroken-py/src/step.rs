@@ -3,13 +3,16 @@
 //! Touches: the run's journal; live generators and optimizers, read only. It runs once a step, after the step's own work
 //! has emptied the processor's caches, where a line of Python costs a microsecond and a line here next to nothing.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyType};
+use unbroken::Error;
 use unbroken::format::journal::Component;
+use unbroken::journal::Boundary;
 
+use crate::error;
 use crate::generators::GeneratorReader;
 use crate::run::{Difference, Run, component_from_python};
 
@@ -28,6 +31,8 @@ pub(crate) struct Recorder {
     /// What was handed out for the step; None between steps.
     handed_out: Option<Vec<(String, Component)>>,
     logged: Vec<(String, Component)>,
+    /// Records that could not be appended, in order.
+    unwritten: VecDeque<Boundary>,
 }
 
 struct Optimizer {
@@ -50,6 +55,7 @@ impl Recorder {
             optimizers: Vec::new(),
             handed_out: None,
             logged: Vec::new(),
+            unwritten: VecDeque::new(),
         }
     }
 
@@ -119,9 +125,36 @@ impl Recorder {
             let component = component_from_python(&name, &value)?;
             components.push((name, component));
         }
-        self.run
-            .get()
-            .append(py, step, phase, epoch, position, components)
+        self.unwritten.push_back(Boundary {
+            step,
+            phase,
+            epoch,
+            position,
+            components,
+            lives: Vec::new(),
+        });
+        self.write(py)
+    }
+
+    #[getter]
+    fn unwritten(&self) -> usize {
+        self.unwritten.len()
+    }
+
+    /// Appends what is unwritten, up to and including the first record that differs from an earlier life's.
+    fn write(&mut self, py: Python<'_>) -> PyResult<Option<Difference>> {
+        while let Some(boundary) = self.unwritten.front() {
+            let outcome = self.run.get().append(boundary);
+            // What the disk did not take it may take later; what is wrong stays wrong.
+            if !matches!(outcome, Err(Error::Io { .. })) {
+                self.unwritten.pop_front();
+            }
+            match outcome.map_err(|failure| error::raise(py, &failure))? {
+                None => {}
+                difference => return Ok(difference),
+            }
+        }
+        Ok(None)
     }
 }
 

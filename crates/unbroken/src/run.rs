@@ -342,14 +342,19 @@ impl Run {
         position: u64,
         components: Vec<(String, Component)>,
     ) -> Result<Option<Difference>> {
-        let found = Boundary {
+        self.record_boundary(&Boundary {
             step,
             phase,
             epoch,
             position,
             components,
             lives: Vec::new(),
-        };
+        })
+    }
+
+    /// [`Run::record`] of a boundary that the caller keeps, to give it again after an error.
+    pub fn record_boundary(&self, found: &Boundary) -> Result<Option<Difference>> {
+        let (step, phase) = (found.step, found.phase);
         {
             let mut pen = guard(&self.journal);
             let (writer, last) = self.writing(&mut pen)?;
@@ -360,13 +365,12 @@ impl Run {
                     "boundary ({step}, {phase}) does not come after ({before}, {before_phase})"
                 )));
             }
-            let components = found.components.clone();
             writer.append(Record::Boundary {
                 step,
                 phase,
-                epoch,
-                position,
-                components,
+                epoch: found.epoch,
+                position: found.position,
+                components: found.components.clone(),
             })?;
             *last = Some((step, phase));
         }
@@ -374,7 +378,7 @@ impl Run {
             return Ok(None);
         };
         Ok(
-            journal::first_difference(&recorded, &found).map(|(component, expected, found)| Difference {
+            journal::first_difference(&recorded, found).map(|(component, expected, found)| Difference {
                 step,
                 phase,
                 component,

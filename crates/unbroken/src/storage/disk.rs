@@ -326,6 +326,9 @@ impl Storage for DiskStorage {
 
     fn free_bytes(&self) -> io::Result<u64> {
         let space = rustix::fs::fstatvfs(&self.root)?;
+        if space.f_blocks == 0 {
+            return Ok(u64::MAX); // A file system that does not count.
+        }
         Ok(space.f_bavail.saturating_mul(space.f_frsize))
     }
 

@@ -134,6 +134,7 @@ impl Store {
         };
         // Encoded before anything is written: what the format refuses costs no disk. The digests change no length.
         let needed = plan.new_bytes() + manifest::encode(&manifest)?.0.len() as u64;
+        self.check_space(needed)?;
 
         let mut made = Vec::new();
         let published = self.publish_all(&mut manifest, &plan, &commit.storages, &mut made);
@@ -367,16 +368,34 @@ impl Store {
         Ok(Some(place.clone()))
     }
 
+    /// Refuses what cannot fit before any of it is written. That it fits now promises nothing.
+    fn check_space(&mut self, needed: u64) -> Result<()> {
+        let short =
+            |directory: &crate::storage::Directory| directory.free_bytes().is_ok_and(|free| free < needed);
+        if short(&self.directory) {
+            self.leftovers.extend(self.spare.take());
+            self.remove_leftovers();
+        }
+        if short(&self.directory) {
+            let full = std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+            return Err(self.with_space(
+                Error::io("make room in", self.directory.path(OBJECTS), full),
+                needed,
+            ));
+        }
+        Ok(())
+    }
+
     /// Says how much space a full disk would have needed.
     fn with_space(&self, mut error: Error, needed: u64) -> Error {
-        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         if let Error::Io {
             source,
             needed_bytes,
             free_bytes,
             ..
         } = &mut error
-            && matches!(source.kind(), StorageFull | QuotaExceeded)
+            && matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge)
         {
             *needed_bytes = Some(needed);
             *free_bytes = self.directory.free_bytes().ok();
