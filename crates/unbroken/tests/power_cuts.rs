@@ -24,8 +24,8 @@ fn long() -> bool {
 
 fn effort() -> Effort {
     Effort {
-        all_up_to: if long() { 1 << 16 } else { 1 << 10 },
-        drawn: if long() { 1 << 12 } else { 100 },
+        all_up_to: if long() { 1 << 16 } else { 1 << 9 },
+        drawn: if long() { 1 << 12 } else { 60 },
         seed: 1,
     }
 }
