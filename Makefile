@@ -3,6 +3,7 @@
 #   make demo    train, kill five times, resume, compare
 #   make test    every test, Rust and Python
 #   make lint    formatting, clippy, ruff, types
+#   make faults  power cuts and kills by the thousand, for the better part of an hour
 #   make bench   what it costs
 #
 # Needs Rust, Python 3.11 or newer, make and a C compiler. The tests look at pages in Chromium where there is one.
@@ -23,7 +24,7 @@ export PYO3_PYTHON := $(CURDIR)/$(bin)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_REQUIRE_VIRTUALENV := 1
 
-.PHONY: setup demo test test-rust test-python test-burn lint format bench clean
+.PHONY: setup demo test test-rust test-python test-burn faults lint format bench clean
 
 setup: $(built)
 
@@ -56,6 +57,13 @@ test-burn:
 
 test-python: setup
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
+
+# Power cuts on real file systems need root: tests/stories/power_cut.py ext4 (or xfs, btrfs). Fuzz targets: fuzz/.
+faults: setup
+	UNBROKEN_EXPLORE=long cargo test --release --package unbroken --test power_cuts -- --nocapture
+	UNBROKEN_ROUNDS=100000 cargo test --release --package unbroken --test hostile
+	UNBROKEN_KILLS=200 UNBROKEN_STATE_MB=200 OMP_NUM_THREADS=1 \
+	    $(bin)/python -m pytest -s tests/stories/test_story_save_kills.py
 
 lint: setup
 	cargo fmt --all --check
