@@ -172,6 +172,10 @@ fn copy_run(path: &Path, copied: &Path, history: &Recorded, start: &Checkpoint) 
     for (part, link) in [("objects", true), ("journal", false)] {
         for entry in fs::read_dir(path.join(part))? {
             let entry = entry?;
+            // A link leads out of the run, and a pipe would be waited for.
+            if !entry.file_type()?.is_file() {
+                continue;
+            }
             let target = copied.join(part).join(entry.file_name());
             if !link || fs::hard_link(entry.path(), &target).is_err() {
                 fs::copy(entry.path(), &target)?;
