@@ -320,13 +320,30 @@ class Run:
         """Process lives before this one plus one."""
     @property
     def resumed_from(self) -> Checkpoint | None:
-        """The newest whole checkpoint at open, or None for a new run."""
+        """What this life starts from: the newest whole checkpoint at open, unless the run has gone back for a trial.
+
+        None for a new run.
+        """
     @property
     def rejected(self) -> list[tuple[str, str]]:
         """(checkpoint name, why) of each newer one that was not whole, newest first."""
     @property
     def warnings(self) -> list[str]:
         """What opening found and left alone: foreign checkpoints, journal damage, swept left-overs."""
+    def put_on_trial(self, *, least: int, most: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Choose recorded steps to be executed again first, and go back to the checkpoint before them.
+
+        Legal before `begin`, once. Nothing on disk is changed: the newest checkpoint stays what the next life starts
+        from, and until the trial has come to it again nothing can be committed.
+
+        Args:
+            least: As many steps are wanted; fewer are taken where there are no more.
+            most: More steps are not.
+
+        Returns:
+            Boundaries (step, phase) to start from and to compare up to; None, and no step back, where nothing can be
+            tried.
+        """
     def begin(self) -> None:
         """Start this life's journal segment at `resumed_from`. Nothing is written to the journal before."""
     def record(

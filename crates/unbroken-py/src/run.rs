@@ -58,6 +58,9 @@ impl Difference {
     }
 }
 
+/// A boundary: step and phase.
+type Place = (u64, u8);
+
 /// A run on disk, held by one writer: directory, lock, journal and store.
 #[pyclass(frozen, module = "unbroken._core")]
 pub(crate) struct Run {
@@ -120,6 +123,14 @@ impl Run {
     #[getter]
     fn warnings(&self) -> Vec<String> {
         self.run.warnings().to_vec()
+    }
+
+    #[pyo3(signature = (*, least, most))]
+    fn put_on_trial(&self, py: Python<'_>, least: u64, most: u64) -> PyResult<Option<(Place, Place)>> {
+        let trial = py
+            .detach(|| self.run.put_on_trial(run::Extent { least, most }))
+            .map_err(|failure| error::raise(py, &failure))?;
+        Ok(trial.map(|trial| (trial.from, trial.until)))
     }
 
     fn begin(&self, py: Python<'_>) -> PyResult<()> {

@@ -32,6 +32,7 @@ pub mod state;
 pub mod storage;
 pub mod store;
 pub mod train;
+mod trial;
 
 pub use digest::{Digest, Fingerprint};
 pub use error::{Error, Result};

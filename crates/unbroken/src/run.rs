@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::digest::Digest;
@@ -23,6 +23,8 @@ use crate::storage::{Claim, Directory, Lock, Storage, not_found};
 use crate::store::{
     self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP, Tuning,
 };
+use crate::trial;
+pub use crate::trial::{Extent, Trial};
 
 pub(crate) const CONFIG: &str = "run.toml";
 pub(crate) const LOCK: &str = "lock";
@@ -73,7 +75,9 @@ pub struct Run {
     directory: Directory,
     config: Config,
     life: u32,
-    resumed_from: Option<Checkpoint>,
+    newest: Option<Checkpoint>,
+    /// An older one that the run has gone back to, and the highest step recorded behind it.
+    back: OnceLock<(Checkpoint, u64)>,
     rejected: Vec<(String, String)>,
     warnings: Vec<String>,
     recorded_until: u64,
@@ -228,7 +232,8 @@ impl Run {
             directory,
             config,
             life,
-            resumed_from,
+            newest: resumed_from,
+            back: OnceLock::new(),
             rejected,
             warnings,
             recorded_until,
@@ -274,9 +279,13 @@ impl Run {
         self.life
     }
 
-    /// The newest whole checkpoint at open, every byte of it read; `None` for a new run.
+    /// What this life starts from, every byte of it read: the newest whole checkpoint at open, unless the run has gone
+    /// back for a trial; `None` for a new run.
     pub fn resumed_from(&self) -> Option<&Checkpoint> {
-        self.resumed_from.as_ref()
+        self.back
+            .get()
+            .map(|(checkpoint, _)| checkpoint)
+            .or(self.newest.as_ref())
     }
 
     /// (checkpoint name, why) of each newer one that was not whole, newest first.
@@ -291,7 +300,52 @@ impl Run {
 
     /// Highest step that earlier lives recorded after `resumed_from`; its own step if none.
     pub fn recorded_until(&self) -> u64 {
-        self.recorded_until
+        self.back.get().map_or(self.recorded_until, |(_, until)| *until)
+    }
+
+    /// Chooses steps that the journal holds, to be executed again before anything new is trained, and goes back to the
+    /// checkpoint before them. Legal before [`Run::begin`], once.
+    ///
+    /// Nothing on disk is changed: the newest checkpoint stays what the next life starts from, and until the trial has
+    /// come to it again nothing can be committed.
+    ///
+    /// Returns `None` where nothing can be tried; the run has not gone back then.
+    ///
+    /// # Errors
+    ///
+    /// Where the journal or a checkpoint cannot be read for another reason than damage.
+    pub fn put_on_trial(&self, extent: Extent) -> Result<Option<Trial>> {
+        if !matches!(&*guard(&self.journal), Pen::Idle) || self.back.get().is_some() {
+            return Err(Error::invalid("a trial comes before the run has begun, and once"));
+        }
+        let Some(newest) = &self.newest else {
+            return Ok(None);
+        };
+        let journal = journal::read(&self.directory, &self.config.id)?;
+        let mut checkpoints = self.checkpoints();
+        checkpoints.reverse();
+        while let Some((index, trial)) = trial::plan(&checkpoints, &journal.boundaries, extent) {
+            if checkpoints[index].name == newest.info().name {
+                return Ok(Some(trial));
+            }
+            match self.go_back(&checkpoints[index].name, trial.until.0) {
+                Ok(()) => return Ok(Some(trial)),
+                Err(error) if store::is_damage(&error) => drop(checkpoints.remove(index)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    fn go_back(&self, name: &str, recorded_until: u64) -> Result<()> {
+        let checkpoint = self.checkpoint(name)?;
+        checkpoint.verify()?;
+        let tail = behind(&self.directory, &self.config.id, checkpoint.info())?;
+        guard(&self.store).trust(&checkpoint);
+        *guard(&self.recorded) = tail.boundaries;
+        let first = self.back.set((checkpoint, recorded_until));
+        assert!(first.is_ok(), "a run goes back once, and that was looked at");
+        Ok(())
     }
 
     /// Starts this life's journal segment at `resumed_from`. Nothing is written to the journal before.
@@ -307,7 +361,7 @@ impl Run {
             Pen::Writing { .. } => return Err(Error::invalid("the run has begun already")),
             Pen::Closed => return Err(closed()),
         }
-        let from = self.resumed_from.as_ref().map(Checkpoint::info);
+        let from = self.resumed_from().map(Checkpoint::info);
         let header = SegmentHeader {
             run_id: self.config.id.clone(),
             life: self.life,

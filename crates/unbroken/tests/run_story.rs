@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use unbroken::error::Error;
 use unbroken::format::journal::{Component, SegmentReader};
-use unbroken::run::{Options, Run};
+use unbroken::run::{Extent, Options, Run, Trial};
 use unbroken::state::Value;
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
@@ -621,4 +621,60 @@ fn the_same_process_cannot_open_a_run_twice_and_trying_does_not_lose_the_lock() 
     assert!(error.to_string().contains("lock"), "{error}");
     run.close().unwrap();
     Run::open(&path, &Options::default()).unwrap();
+}
+
+#[test]
+fn a_run_on_trial_executes_old_steps_again_and_loses_nothing_whatever_comes_out() {
+    // Story: 20 steps, a checkpoint after each. The next life goes back five steps and fails; the one after it succeeds.
+    let memory = run_in_memory(20);
+    let before = files_in(&memory, "checkpoints");
+    let extent = Extent { least: 5, most: 50 };
+    let run = open(&shared(&memory)).unwrap();
+    let trial = run.put_on_trial(extent).unwrap();
+    assert_eq!(
+        trial,
+        Some(Trial {
+            from: (15, 0),
+            until: (20, 0)
+        })
+    );
+    assert!(run.put_on_trial(extent).is_err());
+    assert_exact(run.resumed_from().unwrap());
+    assert_eq!((resumed_step(&run), run.recorded_until()), (Some(15), 20));
+    run.begin().unwrap();
+    assert_eq!(run.record(16, 0, 0, 16, components(16)).unwrap(), None);
+    assert!(commit_at(&run, 16).is_err());
+    let difference = run.record(17, 0, 0, 17, components(99)).unwrap().unwrap();
+    assert_eq!(difference.component, "batch");
+    run.event("diverged", 17, vec![("went_on".to_owned(), Value::Bool(false))])
+        .unwrap();
+    run.close().unwrap();
+    assert_eq!(files_in(&memory, "checkpoints"), before);
+
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(20));
+    assert!(run.put_on_trial(extent).unwrap().is_some());
+    run.begin().unwrap();
+    for step in 16..=20 {
+        assert_eq!(run.record(step, 0, 0, step, components(step)).unwrap(), None);
+    }
+    commit_at(&run, 20).unwrap();
+    train(&run, 21..=21).unwrap();
+    run.close().unwrap();
+    assert_eq!(resumed_step(&open(&shared(&memory)).unwrap()), Some(21));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_no_place_to_start_a_trial_from() {
+    let memory = run_in_memory(20);
+    let run = open(&shared(&memory)).unwrap();
+    let checkpoint = run.checkpoint(&run.checkpoints()[15].name).unwrap();
+    run.close().unwrap();
+    let pack = format!("objects/{}", checkpoint.manifest().packs.last().unwrap().name);
+    let mut bytes = memory.files()[&pack].clone();
+    *bytes.last_mut().unwrap() ^= 1;
+    memory.put(&pack, bytes);
+    let run = open(&shared(&memory)).unwrap();
+    let trial = run.put_on_trial(Extent { least: 5, most: 50 }).unwrap();
+    assert_eq!(trial.map(|trial| trial.from), Some((14, 0)));
 }
