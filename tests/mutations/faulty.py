@@ -92,6 +92,29 @@ def weights_cast_to_bfloat16(objects: dict[str, Any]) -> None:
 
 
 @after_restore
+def parameters_not_restored(objects: dict[str, Any]) -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for parameter in objects["model"].parameters():
+            parameter.copy_(torch.rand_like(parameter))
+
+
+@after_restore
+def gradients_not_restored(objects: dict[str, Any]) -> None:
+    for parameter in objects["model"].parameters():
+        parameter.grad = None
+
+
+@after_restore
+def attribute_not_restored(objects: dict[str, Any]) -> None:
+    objects["model"][4].calls = 0
+
+
+@after_restore
+def hidden_buffer_not_restored(objects: dict[str, Any]) -> None:
+    objects["model"][4].peak.zero_()
+
+
+@after_restore
 def batch_norm_reset(objects: dict[str, Any]) -> None:
     objects["model"][1].reset_running_stats()
 
@@ -140,6 +163,22 @@ def worker_generators_not_restored() -> None:
         "install",
         lambda self, state: install(self, state._replace(python=None, numpy=None, torch=None)),
     )
+
+
+@fault
+def own_values_not_restored() -> None:
+    restore = Run._restore_all
+
+    def restore_objects_only(self: Run) -> None:
+        restore(self)
+        self.state.clear()
+
+    patch(Run, "_restore_all", restore_objects_only)
+
+
+@fault
+def loader_not_restored() -> None:
+    patch(Session, "restore", lambda self, state: None)
 
 
 class _Shown:
