@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import unbroken.testing
+from unbroken.proving import Instructions
 
 EXACT = """
 import random, torch
@@ -183,3 +184,23 @@ def test_a_replay_executes_history_again_and_finds_changed_code(tmp_path: Path) 
     script.write_text(program.replace("AdamW(net.parameters())", "AdamW(net.parameters(), eps=1e-7)"))
     assert "eps` was 1e-08, is 1e-07" in replay(2)
     assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+
+
+def test_a_proof_limited_in_time_ends_behind_an_epochs_end_if_one_comes_soon() -> None:
+    limited = Instructions.read({"UNBROKEN_PROVE_SECONDS": "10"})
+
+    def is_last(epoch: int, position: int, elapsed_s: float) -> bool:
+        return limited.is_last(99, epoch=epoch, position=position, elapsed_s=elapsed_s)
+
+    assert not is_last(3, 7, 9.9)
+    assert is_last(3, 7, 10.1)
+    assert not is_last(3, 1, 10.1)
+    assert not is_last(0, 500, 29.9)
+    assert is_last(0, 500, 30.1)
+    steps = Instructions.read({"UNBROKEN_PROVE_STEPS": "8"})
+    assert [steps.is_last(step, epoch=0, position=step, elapsed_s=0.0) for step in (7, 8, 9)] == [
+        False,
+        True,
+        True,
+    ]
+    assert not Instructions.read({}).is_last(10**6, epoch=9, position=9, elapsed_s=1e6)

@@ -188,6 +188,33 @@ class DivergedFromJournal(UnbrokenError):
         )
 
 
+class FailedTrial(DivergedFromJournal):
+    """Under a changed environment a recorded step came out differently. Nothing was lost; nothing new was trained.
+
+    Args:
+        difference: The first component that differs.
+        changes: What changed: name, recorded value, value now.
+        hint: What to do next.
+    """
+
+    changes: tuple[tuple[str, object, object], ...]
+
+    def __init__(
+        self,
+        difference: "Difference",
+        changes: Sequence[tuple[str, object, object]],
+        *,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(difference, hint=hint)
+        self.changes = tuple(changes)
+
+    def __str__(self) -> str:
+        """Return the message, with what changed in front."""
+        changed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in self.changes)
+        return f"the environment changed ({changed}): {super().__str__()}"
+
+
 class NotExact(UnbrokenError):
     """A configuration that cannot be resumed bit for bit, refused before the first step.
 

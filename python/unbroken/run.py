@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _core, notices
 from .batches import Batches, Stream
 from .errors import (
     DivergedFromJournal,
+    FailedTrial,
     FormatError,
     InvalidArgument,
     MismatchError,
@@ -44,8 +45,16 @@ from .torch import digests, environment, rng, shield, snapshot
 from .torch.data import Session
 from .torch.watch import MODULE_WATCH_STEPS, Watch
 
+if TYPE_CHECKING:
+    from .torch.trace import Tracer
+
 # Exit code after a stop request: EX_TEMPFAIL, "try again later", which requeueing launchers can be told to act on.
 REQUEUE_CODE = 75
+
+# A changed environment is tried on this many recorded steps: as many as the sampled journal takes to look at everything
+# that is small. Where checkpoints lie far apart it may be more, and is never more than the second number.
+TRIAL_STEPS = 16
+TRIAL_STEPS_MOST = 10_000
 
 _IN_EPOCH, _BETWEEN_EPOCHS, _FINISHED = 0, 1, 2
 
@@ -87,6 +96,24 @@ class _Place:
 
     def lowered(self) -> dict[str, Any]:
         return dict(vars(self), openings=list(self.openings))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A changed environment that recorded steps are executed again under, before anything new is trained."""
+
+    changes: list[tuple[str, Any, Any]]
+    first: int
+    until: tuple[int, int]
+    newest: str
+
+    def words(self) -> str:
+        changed = ", ".join(f"{name} {_text(old)} -> {_text(new)}" for name, old, new in self.changes)
+        return f"the environment changed ({changed}): {self.steps()} executed again"
+
+    def steps(self) -> str:
+        last = self.until[0]
+        return f"step {last}" if self.first >= last else f"steps {self.first}-{last}"
 
 
 @dataclass
@@ -203,6 +230,7 @@ class Run:
         self._versions: dict[str, Any] = {}
         self._recorder = digests.recorder(self._core)
         self._state_digests: digests.StateDigests | None = None
+        self._trial: _Trial | None = None
         self._metrics: dict[str, float] = {}
         self._place = _Place()
         self._resume_place: _Place | None = None
@@ -211,13 +239,14 @@ class Run:
         # Weak: the loop's own reference is the only one, and it goes the moment the user breaks out.
         self._primary: weakref.ref[Batches] | None = None
         self._primary_session: Session | None = None
+        self._tracer: Tracer | None = None
         self._pin_next = False
         self._started = self._closed = False
         self._replayed_from: int | None = None
         self._has_diverged = False
         self._overridden = False
         self._steps_of_this_life = 0
-        self._last_commit = time.monotonic()
+        self._last_commit = self._training_since = time.monotonic()
         for text in self._core.warnings:
             self._say(text)
         for name, why in self._core.rejected:
@@ -451,6 +480,10 @@ class Run:
         self._identity.update(snapshot.identity(self._objects))
         self._versions = environment.versions()
         allowed = self._check_identity()
+        changes = [] if self._place.finished else self._changes()
+        if changes and not allowed:
+            self._put_on_trial(changes)
+        allowed += [(f"environment.{name}", old, new) for name, old, new in changes if self._may_change(name)]
         checkpoint = self._checkpoint
         if checkpoint is not None:
             self._restore = snapshot.plan_restore(
@@ -460,6 +493,7 @@ class Run:
         self._recorder.set_optimizers(digests.optimizers(self._objects))
         self._recorder.set_origins(self._origins)
         self._state_digests = digests.StateDigests(self._objects, self._level)
+        self._training_since = time.monotonic()
         if checkpoint is not None and self._place.finished and not allowed:
             self._restore_all()
             self._say(f"{self.path}: {self._complete_words()}; nothing to do")
@@ -480,7 +514,7 @@ class Run:
             self._commit(_IN_EPOCH)
             self._proof.reached("saved:0")
             return
-        self._say_resumed(checkpoint)
+        self._say_resumed(checkpoint, changes)
         if self._place.in_loop:
             self._resume_place = self._place
             self._place = dataclasses.replace(self._place, in_loop=False, openings=[])
@@ -497,6 +531,44 @@ class Run:
         differences = environment.changed(recorded, self._identity)
         self._refuse(differences)
         return differences
+
+    def _changes(self) -> list[tuple[str, Any, Any]]:
+        """Return what is another environment than the newest checkpoint's: name, recorded, now."""
+        if self._checkpoint is None:
+            return []
+        recorded = self._checkpoint.info.environment
+        known = {name: value for name, value in self._versions.items() if name in recorded}
+        return environment.changed({name: recorded[name] for name in known}, known)
+
+    def _may_change(self, name: str) -> bool:
+        return self._allowed(f"environment.{name}")
+
+    def _put_on_trial(self, changes: list[tuple[str, Any, Any]]) -> None:
+        """Go back to where the journal holds enough steps, if what changed is not allowed to change the numbers."""
+        proving = self._proof.directory is not None
+        if proving or self._on_divergence != "stop" or any(self._may_change(name) for name, _, _ in changes):
+            return
+        newest = self._checkpoint
+        assert newest is not None, "what changed has changed since a checkpoint"
+        trial = self._core.put_on_trial(least=TRIAL_STEPS, most=TRIAL_STEPS_MOST)
+        if trial is None:
+            return
+        (step, _), until = trial
+        self._trial = _Trial(changes, step + 1, until, newest.info.name)
+        self._checkpoint = self._core.resumed_from
+        assert self._checkpoint is not None, "a trial starts from a checkpoint"
+        self._read_place(self._checkpoint)
+
+    def _on_trial(self, phase: int) -> bool:
+        """Tell whether this boundary is still one of a trial: what it could save is saved already."""
+        trial = self._trial
+        if trial is None:
+            return False
+        if (self.step, phase) < trial.until:
+            return True
+        self._trial = None
+        self._say(f"{trial.words()}: still exact")
+        return False
 
     def _refuse(self, differences: list[tuple[str, Any, Any]], *, also: str = "") -> None:
         refused = [d for d in differences if not self._allowed(d[0])]
@@ -542,7 +614,7 @@ class Run:
         }
         self._core.event("restored", self.step, fields)
 
-    def _say_resumed(self, checkpoint: _core.Checkpoint) -> None:
+    def _say_resumed(self, checkpoint: _core.Checkpoint, changes: list[tuple[str, Any, Any]]) -> None:
         place = self._place
         where = f"epoch {place.epoch}" + (f", batch {place.position}" if place.in_loop else "")
         info = checkpoint.info
@@ -551,10 +623,14 @@ class Run:
             f"{notices.size(info.size_bytes)} verified"
         )
         self._say_space(info.size_bytes)
-        for name, recorded, current in environment.changed(info.environment, self._versions):
+        for name, recorded, current in changes:
+            self._say(f"the environment changed: {name} was {_text(recorded)}, is {_text(current)}")
+        if self._trial is not None:
             self._say(
-                f"the environment changed: {name} was {recorded}, is {current}; compare what the journal says"
+                f"{self._trial.steps()} are executed again under it first, and compared with the journal"
             )
+        elif changes:
+            self._say("nothing was executed again under it: the numbers may be others from here on")
         if self._fingerprint is None:
             self._say("the data's content was not compared: no data_fingerprint was given")
 
@@ -702,6 +778,14 @@ class Run:
         """Note what goes into the step that begins now, before the user's code can change it."""
         self._recorder.begin_step(session.indices_digest, digests.batch_digest(batch, level=self._level))
         self._place.position = session.position
+        if self._proof.trace_step == self._place.step + 1:
+            self._trace(batch)
+
+    def _trace(self, batch: Any) -> None:
+        from .torch.trace import Tracer
+
+        self._tracer = Tracer(self._proof.trace_file, self._objects)
+        self._tracer.begin(self.step + 1, batch)
 
     def _step_done(self) -> None:
         """The boundary after a step, inside the loop: record, save if due, stop if asked."""
@@ -718,6 +802,9 @@ class Run:
             self._exit_for(reason)
 
     def _record_step(self) -> None:
+        if self._tracer is not None:
+            self._tracer.end()
+            self._tracer = None
         assert self._recorder.in_step, "a step ends only after its batch was handed out"
         self._place.step += 1
         self._steps_of_this_life += 1
@@ -786,6 +873,12 @@ class Run:
         self._place.openings = self._place.openings[-1:]
 
     def _complete(self) -> None:
+        trial = self._trial
+        if self._on_trial(_FINISHED) and trial is not None:
+            raise UnbrokenError(
+                f"{trial.words()}, and the run ended at step {self.step}, before the journal does",
+                hint=f"nothing was lost: checkpoint {trial.newest} is as it was",
+            )
         self._place.finished = True
         self._place.in_loop = False
         self._commit(_FINISHED)
@@ -842,11 +935,7 @@ class Run:
 
     def _diverged(self, difference: _core.Difference) -> None:
         self._has_diverged = True
-        error = DivergedFromJournal(
-            difference,
-            hint="the run is not exact from here; compare with `unbroken log` and `unbroken diff`, or go on with "
-            'Run(on_divergence="continue"), which marks the run',
-        )
+        error = self._divergence(difference)
         self._core.event(
             "diverged",
             difference.step,
@@ -862,6 +951,22 @@ class Run:
             raise error
         notices.warn(str(error))
 
+    def _divergence(self, difference: _core.Difference) -> DivergedFromJournal:
+        trial = self._trial
+        if trial is None:
+            return DivergedFromJournal(
+                difference,
+                hint="the run is not exact from here; compare with `unbroken log` and `unbroken diff`, or go on with "
+                'Run(on_divergence="continue"), which marks the run',
+            )
+        names = ",".join(f"environment.{name}" for name, _, _ in trial.changes)
+        return FailedTrial(
+            difference,
+            trial.changes,
+            hint=f"nothing was lost: checkpoint {trial.newest} is as it was. Make the environment what it was, or go "
+            f"on from there knowingly with Run(allow=[...]) or UNBROKEN_ALLOW={names}; the journal will record it",
+        )
+
     def _check_tracked(self) -> None:
         untracked = [text for text in self._watch.untracked() if not self._allowed(f"untracked:{text}")]
         if untracked:
@@ -872,6 +977,9 @@ class Run:
             )
 
     def _due(self, phase: int) -> bool:
+        if self._trial is not None:
+            # At its end there is a checkpoint to be made: the first under the environment that passed.
+            return not self._on_trial(phase)
         if self._pin_next or (self._proof.save and f"{self.step}-{phase}" in self._proof.save):
             return True
         since = time.monotonic() - self._last_commit
@@ -882,6 +990,8 @@ class Run:
 
         What is not required may be left out while the disk is full, where `on_full` says so.
         """
+        if self._on_trial(phase):
+            return
         captured = snapshot.capture(self._objects, values={"state": dict(self.state)})
         tree = {
             "run": self._place.lowered(),
@@ -945,8 +1055,10 @@ class Run:
 
     def _exit_for(self, reason: str) -> None:
         self._core.event("stopped", self.step, {"reason": reason})
+        trial = self._trial
+        saved = "which is saved" if trial is None else f"on trial; checkpoint {trial.newest} is as it was"
         self._say(
-            f"stopped by {reason} at step {self.step}, which is saved; start the same command to go on "
+            f"stopped by {reason} at step {self.step}, {saved}; start the same command to go on "
             f"(exit code {self.requeue_code})"
         )
         self.close()
@@ -957,8 +1069,14 @@ class Run:
             self._commit(phase)
 
     def _proof_ends(self) -> str | None:
-        last = self._proof.steps
-        return "the last step to prove" if last is not None and self.step >= last else None
+        if self._proof.directory is None:
+            return None
+        place = self._place
+        elapsed = time.monotonic() - self._training_since
+        is_last = self._proof.is_last(
+            place.step, epoch=place.epoch, position=place.position, elapsed_s=elapsed
+        )
+        return "the last step to prove" if is_last else None
 
     def _say_incomplete(self, *, failed: bool) -> None:
         if self._started and not self._closed and not self.finished:

@@ -38,6 +38,8 @@ def become(request: Mapping[str, Any]) -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.environ.update(request["environment"])
+    if "directory" in request:
+        os.chdir(request["directory"])
     if "file_size_limit" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"], resource.RLIM_INFINITY))
     if "user" in request:

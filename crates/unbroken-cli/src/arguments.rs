@@ -43,6 +43,8 @@ pub(crate) enum Command {
     Doctor(crate::doctor::Doctor),
     /// Execute recorded steps again under today's environment and compare them
     Replay(crate::replay::Replay),
+    /// Execute one step twice and name the first operator that gives something else
+    Trace(crate::trace::Trace),
     /// Write a page about a run, or several over each other
     Report(crate::report::Report),
     /// Follow a live run in the terminal

@@ -22,6 +22,7 @@ mod replay;
 mod report;
 mod show;
 mod target;
+mod trace;
 mod verify;
 mod watch;
 mod words;
@@ -67,6 +68,7 @@ pub fn run(arguments: &[OsString], out: &mut dyn Write, err: &mut dyn Write) -> 
         Command::Report(command) => report::run(command, &mut streams),
         Command::Watch(command) => watch::run(command, &mut streams),
         Command::Replay(command) => replay::run(command, &mut streams),
+        Command::Trace(command) => trace::run(command, &mut streams),
         Command::Certify(command) => certify::issue(command, &mut streams),
         Command::Check(command) => certify::check(command, &mut streams),
         Command::Explain(command) => explain::run(command, &mut streams),

@@ -31,9 +31,12 @@ The program must use unbroken.Run; it is run as it is. Its runs are written to d
 trials' own, other files that it writes are its own matter: with --jobs 1 no two of its processes
 run at once.")]
 pub(crate) struct Prove {
-    /// Prove this many steps only
+    /// Prove this many steps only; by default those of the first ten seconds, and an epoch's end if one comes soon
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<u64>,
+    /// Prove all steps, however long it takes
+    #[arg(long, conflicts_with = "steps")]
+    pub(crate) all: bool,
     /// Stop the program this often in all
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) kills: usize,
@@ -80,8 +83,10 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
             command: command.command.clone(),
             seed: command.seed,
             steps: command.steps,
+            seconds: None,
             timeout: None,
             own_journal: false,
+            variables: Vec::new(),
             journal_bytes: 0,
             step: Duration::ZERO,
             interrupt: Interrupt::watch()
@@ -94,7 +99,8 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
             .max(1),
         progress: Progress::new(),
     };
-    let report = proof.make(command.kills, command.seed)?;
+    let limit = (command.steps.is_none() && !command.all).then_some(SECONDS);
+    let report = proof.make(limit, command.kills, command.seed)?;
     proof.progress.clear();
     let exact = report.exact();
     let keep = command.dir.is_some() || !exact;
@@ -184,9 +190,15 @@ struct Proof {
     progress: Progress,
 }
 
+/// How long the uninterrupted run trains unless more is asked for, in seconds. With eight stops the whole proof takes
+/// about ten times as long on two processors.
+const SECONDS: f64 = 10.0;
+
 struct Report {
     /// Boundaries of the uninterrupted run, over all runs that the program makes.
     boundaries: usize,
+    /// The last step that was looked at, where the program would have gone on.
+    cut_at: Option<u64>,
     /// Whether the two uninterrupted runs agree.
     deterministic: bool,
     trials: Vec<Done>,
@@ -196,57 +208,21 @@ struct Report {
 }
 
 impl Proof {
-    fn make(&mut self, kills: usize, seed: u64) -> Result<Report, Failure> {
+    fn make(&mut self, limit: Option<f64>, kills: usize, seed: u64) -> Result<Report, Failure> {
         let started = Instant::now();
         self.progress
             .say("starting the program, for the state that all trials begin with");
         self.make_start()?;
-        self.progress.say("running the program uninterrupted, twice");
-        let none = Trial { stops: Vec::new() };
-        let twice = || self.each(&UNINTERRUPTED, |name| self.perform(name, &none, ""));
-        let mut pair = twice();
-        if self.make_further_starts()? {
-            for name in UNINTERRUPTED {
-                let stale = self.directory.join(name);
-                fs::remove_dir_all(&stale).map_err(|error| io_failure("remove", &stale, &error))?;
-            }
-            pair = twice();
-        }
-        let mut expected = Vec::new();
-        for outcome in &pair {
-            let outcome = outcome
-                .as_ref()
-                .map_err(|error| io_failure("run the program in", &self.directory, error))?;
-            if let Some(why) = &outcome.broke {
-                return Err(self.broken(why));
-            }
-            expected.push(self.read(&outcome.directory)?);
-        }
-        let (reference, again) = (expected.remove(0), expected.remove(0));
+        self.progress.say("running the program uninterrupted");
+        let (outcome, reference) = self.uninterrupted(limit)?;
         let boundaries: usize = reference.iter().map(|run| run.totals.boundaries).sum();
         let Some(first) = reference.first().filter(|_| boundaries > 0) else {
             return Err(self.no_steps());
         };
-        let mut report = Report {
-            boundaries,
-            deterministic: true,
-            trials: Vec::new(),
-            difference: None,
-            elapsed: Duration::ZERO,
-        };
-        if let Some(difference) = judge::compare(&reference, &again)? {
-            report.deterministic = false;
-            let closer = self.look_closer(&difference, &none)?;
-            report.difference = Some(("uninterrupted, twice".to_owned(), closer));
-            report.elapsed = started.elapsed();
-            return Ok(report);
-        }
-        if let Ok(outcome) = &pair[0] {
-            let trained: Duration = outcome.lives.iter().map(|life| life.trained).sum();
-            self.program.step = trained / u32::try_from(boundaries).unwrap_or(u32::MAX);
-            self.program.journal_bytes = Written::in_runs(&outcome.directory.join("runs")).bytes;
-            self.program.timeout = Some(started.elapsed() * 20 + Duration::from_secs(60));
-        }
+        let trained: Duration = outcome.lives.iter().map(|life| life.trained).sum();
+        self.program.step = trained / u32::try_from(boundaries).unwrap_or(u32::MAX);
+        self.program.journal_bytes = Written::in_runs(&outcome.directory.join("runs")).bytes;
+        self.program.timeout = Some(started.elapsed() * 20 + Duration::from_secs(60));
         let saves = first
             .overview
             .checkpoints
@@ -258,11 +234,23 @@ impl Proof {
             kills,
             seed,
         );
-        let numbered: Vec<(usize, &Trial)> = trials.iter().enumerate().collect();
-        let done = self.each(&numbered, |(index, trial)| {
-            self.try_one(*index, trial, trials.len(), &reference)
-        });
-        report.trials = done.into_iter().collect::<Result<_, _>>()?;
+        let mut report = Report {
+            boundaries,
+            cut_at: limit.and(self.program.steps),
+            deterministic: true,
+            trials: Vec::new(),
+            difference: None,
+            elapsed: Duration::ZERO,
+        };
+        let (done, again) = self.try_all(&trials, &reference)?;
+        if let Some(difference) = again {
+            report.deterministic = false;
+            let closer = self.look_closer(&difference, &Trial { stops: Vec::new() })?;
+            report.difference = Some(("uninterrupted, twice".to_owned(), closer));
+            report.elapsed = started.elapsed();
+            return Ok(report);
+        }
+        report.trials = done;
         let differs = report
             .trials
             .iter()
@@ -282,6 +270,87 @@ impl Proof {
         Ok(report)
     }
 
+    /// Runs the program to the end, or until it has trained for so many seconds: how far it comes then is how far
+    /// everything else goes.
+    fn uninterrupted(&mut self, limit: Option<f64>) -> Result<(Performed, Vec<Recorded>), Failure> {
+        let perform = |proof: &Proof, name: &str| -> Result<Performed, Failure> {
+            let outcome = proof
+                .perform(name, &Trial { stops: Vec::new() }, "")
+                .map_err(|error| io_failure("run the program in", &proof.directory, &error))?;
+            match &outcome.broke {
+                Some(why) => Err(proof.broken(why)),
+                None => Ok(outcome),
+            }
+        };
+        self.program.seconds = limit;
+        let outcome = perform(self, UNINTERRUPTED);
+        self.program.seconds = None;
+        let mut outcome = outcome?;
+        if self.make_further_starts()? {
+            let stale = self.directory.join(UNINTERRUPTED);
+            fs::remove_dir_all(&stale).map_err(|error| io_failure("remove", &stale, &error))?;
+            outcome = perform(self, UNINTERRUPTED)?;
+        }
+        let reference = self.read(&outcome.directory)?;
+        let cut = outcome
+            .lives
+            .last()
+            .is_some_and(|life| matches!(life.end, End::Stopped(_)));
+        if limit.is_none() || !cut {
+            return Ok((outcome, reference));
+        }
+        if let [run] = reference.as_slice() {
+            self.program.steps = Some(run.totals.last);
+            let reference = self.read(&outcome.directory)?;
+            return Ok((outcome, reference));
+        }
+        // A number of steps would cut each of several runs, and the first ones were not.
+        let outcome = perform(self, "uninterrupted-whole")?;
+        let reference = self.read(&outcome.directory)?;
+        Ok((outcome, reference))
+    }
+
+    /// Runs the program uninterrupted once more, and all trials, as many at a time as there are jobs. If the program turns
+    /// out not to be deterministic, trials that have not begun say nothing, and are left out.
+    fn try_all(
+        &self,
+        trials: &[Trial],
+        reference: &[Recorded],
+    ) -> Result<(Vec<Done>, Option<Difference>), Failure> {
+        let mut order: Vec<usize> = (0..trials.len()).collect();
+        // What takes longest first, so that no processor is idle at the end.
+        order.sort_by_key(|index| std::cmp::Reverse(trials[*index].stops.len()));
+        let tasks: Vec<Option<usize>> = std::iter::once(None).chain(order.into_iter().map(Some)).collect();
+        let again: Mutex<Option<Difference>> = Mutex::new(None);
+        let done = self.each(&tasks, |task| match task {
+            None => {
+                let difference = self.repeat(reference)?;
+                *again.lock().expect("no holder panics") = difference;
+                Ok(None)
+            }
+            Some(_) if again.lock().expect("no holder panics").is_some() => Ok(None),
+            Some(index) => {
+                let done = self.try_one(*index, &trials[*index], trials.len(), reference)?;
+                Ok(Some((*index, done)))
+            }
+        });
+        let done: Vec<Option<(usize, Done)>> = done.into_iter().collect::<Result<_, Failure>>()?;
+        let mut done: Vec<(usize, Done)> = done.into_iter().flatten().collect();
+        done.sort_by_key(|(index, _)| *index);
+        let again = again.into_inner().expect("no holder panics");
+        Ok((done.into_iter().map(|(_, done)| done).collect(), again))
+    }
+
+    fn repeat(&self, reference: &[Recorded]) -> Result<Option<Difference>, Failure> {
+        let outcome = self
+            .perform("uninterrupted-again", &Trial { stops: Vec::new() }, "")
+            .map_err(|error| io_failure("run the program in", &self.directory, &error))?;
+        match &outcome.broke {
+            Some(why) => Err(self.broken(why)),
+            None => Ok(judge::compare(reference, &self.read(&outcome.directory)?)?),
+        }
+    }
+
     /// Makes the program's first run, up to its checkpoint of step 0. Every trial goes on from a copy of it: what the
     /// program left unseeded is the same for all of them then, as it is for all lives of one run.
     fn make_start(&self) -> Result<(), Failure> {
@@ -299,7 +368,7 @@ impl Proof {
         let starts = self.directory.join(START).join("runs");
         let failed = |error: io::Error| io_failure("copy a run to", &starts, &error);
         let known = run_names(&starts).map_err(failed)?;
-        let made = run_names(&self.directory.join(UNINTERRUPTED[0]).join("runs")).map_err(failed)?;
+        let made = run_names(&self.directory.join(UNINTERRUPTED).join("runs")).map_err(failed)?;
         if made.is_subset(&known) {
             return Ok(false);
         }
@@ -519,8 +588,8 @@ impl Proof {
 
 /// The directory in which the runs are made that all trials go on from.
 const START: &str = "start";
-/// Directories of what all trials are compared with, and of its repetition.
-const UNINTERRUPTED: [&str; 2] = ["uninterrupted-1", "uninterrupted-2"];
+/// The directory of what all trials are compared with.
+const UNINTERRUPTED: &str = "uninterrupted";
 
 /// Names of the runs in a directory.
 fn run_names(runs: &Path) -> io::Result<BTreeSet<OsString>> {
@@ -602,8 +671,12 @@ impl Report {
                 self.trials.len()
             );
         }
+        let course = match self.cut_at {
+            Some(step) => format!(" up to step {step} (`--all` goes on to the end)"),
+            None => String::new(),
+        };
         format!(
-            "exact: {} in {}, and each of {} and the final state are those of the uninterrupted run",
+            "exact: {} in {}, and each of {} and the final state are those of the uninterrupted run{course}",
             count(self.stops(), "stop"),
             count(self.trials.len(), "trial"),
             if self.boundaries == 1 {
@@ -687,6 +760,7 @@ impl Report {
             "deterministic": self.deterministic,
             "verdict": self.verdict(),
             "boundaries": self.boundaries,
+            "cut_at": self.cut_at,
             "stops": self.stops(),
             "trials": trials,
             "difference": self.difference.as_ref().map(|(trial, difference)| difference_json(trial, difference)),

@@ -57,7 +57,9 @@ pub(crate) fn run(command: &Replay, streams: &mut Streams) -> Answer {
         command: command.command.clone(),
         seed: 0,
         steps: Some(to),
+        seconds: None,
         own_journal: true,
+        variables: Vec::new(),
         timeout: None,
         journal_bytes: 0,
         step: Duration::ZERO,
@@ -142,7 +144,7 @@ pub(crate) fn run(command: &Replay, streams: &mut Streams) -> Answer {
     Ok(Verdict::yes_if(exact))
 }
 
-fn choose(history: &Recorded, from: Option<u64>, to: u64) -> Result<Checkpoint, Failure> {
+pub(crate) fn choose(history: &Recorded, from: Option<u64>, to: u64) -> Result<Checkpoint, Failure> {
     let all = history.overview.checkpoints.iter();
     let mut usable = all.filter(|checkpoint| checkpoint.info().step < to && checkpoint.info().phase < 2);
     let chosen = match from {
@@ -158,7 +160,7 @@ fn choose(history: &Recorded, from: Option<u64>, to: u64) -> Result<Checkpoint, 
 }
 
 /// Makes a copy that ends with one checkpoint; packs are linked where that can be, since nothing ever writes to one.
-fn copy_run(path: &Path, copied: &Path, history: &Recorded, start: &Checkpoint) -> io::Result<()> {
+pub(crate) fn copy_run(path: &Path, copied: &Path, history: &Recorded, start: &Checkpoint) -> io::Result<()> {
     for part in ["", "checkpoints", "objects", "journal"] {
         fs::create_dir_all(copied.join(part))?;
     }

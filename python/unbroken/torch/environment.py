@@ -1,7 +1,7 @@
-"""What the bits depend on besides the run's own state: settings that must not differ, versions that are recorded.
+"""What the bits depend on besides the run's own state: settings that must not differ, and what is tried if it does.
 
-Touches: reads torch's global settings, library versions, the CPU's features and a few environment variables.
-Changes nothing.
+Touches: reads torch's global settings, library versions, the CPU's features, a few environment variables and the
+source files of the user's program. Changes nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
+
+from unbroken import _core
 
 _ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -40,9 +45,7 @@ def settings() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Return what software and hardware this life runs on: recorded, named when it changed, not refused."""
-    from unbroken import _core
-
+    """Return what software, hardware and code this life runs on: recorded, and on trial when it changed."""
     values: dict[str, Any] = {
         "unbroken": _core.build_info().get("version", "unknown"),
         "python": platform.python_version(),
@@ -57,7 +60,64 @@ def versions() -> dict[str, Any]:
     if torch.cuda.is_available():
         values["cuda"] = torch.version.cuda
         values["cuda.device"] = torch.cuda.get_device_name()
+    values.update((f"code.{name}", digest) for name, digest in code())
     return values
+
+
+def code() -> Iterator[tuple[str, str]]:
+    """Yield (file, digest) of the program's own source files that are imported by now: neither libraries nor ours.
+
+    The digest is of what the source compiles to, so that comments and layout do not count.
+    """
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main is None:
+        return
+    home = Path(main).resolve().parent
+    seen: set[Path] = set()
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(file, str) or not file.endswith(".py") or name.partition(".")[0] == "unbroken":
+            continue
+        path = Path(file).resolve()
+        if path not in seen and not path.is_relative_to(_OURS) and not path.as_posix().startswith(_LIBRARIES):
+            seen.add(path)
+            digest = _code_digest(path)
+            if digest is not None:
+                yield Path(os.path.relpath(path, home)).as_posix(), digest
+
+
+def _code_digest(path: Path) -> str | None:
+    try:
+        compiled = compile(path.read_bytes(), path.name, "exec", dont_inherit=True)
+    except (OSError, SyntaxError, ValueError):
+        return None  # Gone or changed since it was imported: nothing can be said of what runs.
+    return _core.digest_bytes(*_code_parts(compiled)).hex()
+
+
+def _code_parts(code: CodeType) -> Iterator[bytes]:
+    """Yield what a code object does, without the lines that it stands on."""
+    yield code.co_code
+    yield repr((code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags)).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_parts(constant)
+        else:
+            yield _constant(constant)
+
+
+def _constant(value: Any) -> bytes:
+    # The order of a frozen set's texts is another in each process.
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
+
+
+def _library_prefixes() -> tuple[str, ...]:
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    paths = {Path(path).resolve().as_posix() for name in names if (path := sysconfig.get_path(name))}
+    return tuple(f"{path}/" for path in sorted(paths))
+
+
+_LIBRARIES = _library_prefixes()
+_OURS = Path(__file__).resolve().parents[1]
 
 
 def changed(recorded: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:

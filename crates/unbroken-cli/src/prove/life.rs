@@ -43,8 +43,12 @@ pub(crate) struct Program {
     /// Seed for runs that name none.
     pub(crate) seed: u64,
     pub(crate) steps: Option<u64>,
+    /// It stops after this much training, in seconds, whatever step that is.
+    pub(crate) seconds: Option<f64>,
     /// Whether the program chooses its journal's level itself.
     pub(crate) own_journal: bool,
+    /// Added to this process's own environment.
+    pub(crate) variables: Vec<(String, String)>,
     pub(crate) timeout: Option<Duration>,
     /// How much the uninterrupted run wrote to its journals, in bytes.
     pub(crate) journal_bytes: u64,
@@ -162,6 +166,9 @@ impl Program {
             .env_remove("UNBROKEN_CRASH_AT")
             .env_remove("UNBROKEN_STOP_AT")
             .env_remove("UNBROKEN_PROVE_STEPS")
+            .env_remove("UNBROKEN_PROVE_SECONDS")
+            .env_remove("UNBROKEN_TRACE")
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .env("UNBROKEN_PROVE_DIR", &runs)
             .env("UNBROKEN_PROVE_SAVE", save)
             .env("UNBROKEN_PROVE_SEED", (self.seed >> 1).to_string());
@@ -171,6 +178,9 @@ impl Program {
         );
         if let Some(steps) = self.steps {
             command.env("UNBROKEN_PROVE_STEPS", steps.to_string());
+        }
+        if let Some(seconds) = self.seconds {
+            command.env("UNBROKEN_PROVE_SECONDS", seconds.to_string());
         }
         match stop {
             Some(Stop::KillAt { point, delay_ms }) if *delay_ms > 0.0 => {
@@ -208,7 +218,9 @@ impl Program {
                     (Some(0), _) => End::Finished,
                     (Some(KILLED_IN_A_SHELL), _) | (_, Some(9)) if kills => End::Killed,
                     (Some(code), _) if matches!(stop, Some(Stop::TermAt { .. })) => End::Stopped(code),
-                    (Some(REQUEUE), _) if self.steps.is_some() => End::Stopped(REQUEUE),
+                    (Some(REQUEUE), _) if self.steps.is_some() || self.seconds.is_some() => {
+                        End::Stopped(REQUEUE)
+                    }
                     (Some(code), _) => End::Failed(format!("exit code {code}")),
                     (None, signal) => End::Failed(format!("signal {}", signal.unwrap_or(0))),
                 };
