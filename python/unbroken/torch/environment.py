@@ -78,6 +78,9 @@ def code() -> Iterator[tuple[str, str]]:
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or not file.endswith(".py") or name.partition(".")[0] == "unbroken":
             continue
+        # Nearly all of some two thousand modules go here; resolving a path asks the file system for each of its parts.
+        if file.startswith(_LIBRARIES):
+            continue
         path = Path(file).resolve()
         if path not in seen and not path.is_relative_to(_OURS) and not path.as_posix().startswith(_LIBRARIES):
             seen.add(path)
@@ -112,8 +115,8 @@ def _constant(value: Any) -> bytes:
 
 def _library_prefixes() -> tuple[str, ...]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
-    paths = {Path(path).resolve().as_posix() for name in names if (path := sysconfig.get_path(name))}
-    return tuple(f"{path}/" for path in sorted(paths))
+    given = {Path(path) for name in names if (path := sysconfig.get_path(name))}
+    return tuple(sorted(f"{path.as_posix()}/" for path in given | {path.resolve() for path in given}))
 
 
 _LIBRARIES = _library_prefixes()
