@@ -370,7 +370,7 @@ def test_help_fits_a_screen_and_usage_errors_exit_with_2(capfd: pytest.CaptureFi
         "report",
         "replay",
     ]
-    for command in [*commands, "watch", "certify", "check", "fork", "repair", "doctor", "import"]:
+    for command in [*commands, "trace", "watch", "certify", "check", "fork", "repair", "doctor", "import"]:
         code, out, err = call(capfd, command, "-h")
         assert (code, err) == (0, "")
         assert 3 < len(out.splitlines()) <= 30

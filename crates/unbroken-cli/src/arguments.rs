@@ -9,6 +9,8 @@ use clap::{Args, Parser, Subcommand};
 /// Looks at training runs and their checkpoints: what is there, whether it is whole, where two of them part.
 #[derive(Debug, Parser)]
 #[command(name = "unbroken", version, disable_help_subcommand = true)]
+// With a blank line less than usual: all commands fit a screen.
+#[command(help_template = "{about-with-newline}{usage-heading} {usage}\n\n{all-args}{after-help}")]
 #[command(after_help = "\
 RUN is a run directory; RUN@STEP is its checkpoint after that step, RUN alone the newest whole one.
 Exit code 0: yes. 1: an honest no (differs, damaged). 2: the question could not be answered.")]

@@ -31,7 +31,7 @@ The program must use unbroken.Run; it is run as it is. Its runs are written to d
 trials' own, other files that it writes are its own matter: with --jobs 1 no two of its processes
 run at once.")]
 pub(crate) struct Prove {
-    /// Prove this many steps only; by default those of the first ten seconds, and an epoch's end if one comes soon
+    /// Prove this many steps; by default ten seconds' worth, or to an epoch's end
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<u64>,
     /// Prove all steps, however long it takes

@@ -25,15 +25,15 @@ use parting::{Line, Outcome, Unreadable};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The step begins in both executions with the state of the newest checkpoint before it; the steps between
-are executed without a recorder.")]
+The step begins in both executions with the state of the newest checkpoint before it; the steps
+between are executed without a recorder.")]
 pub(crate) struct Trace {
     /// Run directory with the history
     pub(crate) run: PathBuf,
-    /// The step to look at; by default the last one that came out differently when it was executed again
+    /// The step; by default the last that came out differently when repeated
     #[arg(long, value_name = "STEP")]
     pub(crate) step: Option<u64>,
-    /// Give the second execution this environment variable, such as OMP_NUM_THREADS=2
+    /// Set this in the second execution, such as OMP_NUM_THREADS=2
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(crate) variables: Vec<(String, String)>,
     /// Execute one after the other
