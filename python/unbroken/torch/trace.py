@@ -327,7 +327,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return None
     try:
         return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # Subclasses that wrap others have none.
+    except RuntimeError:  # Subclasses that wrap others have none.
         return None
 
 

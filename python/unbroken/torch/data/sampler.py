@@ -486,7 +486,7 @@ class Recorder:
 def length_of(sized: Any) -> int | None:
     """Return the length of a sampler or a data set, or None where it has none.
 
-    Many classes of users say that they have none by raising NotImplementedError, as older torch samplers did.
+    Many classes of users have a `__len__` that only raises, as older torch samplers had.
     """
     try:
         return len(sized)
