@@ -149,15 +149,8 @@ impl Run {
         components: &Bound<'_, PyAny>,
     ) -> PyResult<Option<Difference>> {
         let components = components_from_python(components)?;
-        self.append(&Boundary {
-            step,
-            phase,
-            epoch,
-            position,
-            components,
-            lives: Vec::new(),
-        })
-        .map_err(|failure| error::raise(py, &failure))
+        self.append(&Boundary::new(step, phase, epoch, position, components))
+            .map_err(|failure| error::raise(py, &failure))
     }
 
     fn event(&self, py: Python<'_>, kind: &str, step: u64, fields: &Bound<'_, PyAny>) -> PyResult<()> {

@@ -125,14 +125,8 @@ impl Recorder {
             let component = component_from_python(&name, &value)?;
             components.push((name, component));
         }
-        self.unwritten.push_back(Boundary {
-            step,
-            phase,
-            epoch,
-            position,
-            components,
-            lives: Vec::new(),
-        });
+        let boundary = Boundary::new(step, phase, epoch, position, components);
+        self.unwritten.push_back(boundary);
         self.write(py)
     }
 

@@ -61,6 +61,24 @@ pub struct Boundary {
 }
 
 impl Boundary {
+    /// A boundary that no life has recorded yet.
+    pub fn new(
+        step: u64,
+        phase: u8,
+        epoch: u64,
+        position: u64,
+        components: Vec<(String, Component)>,
+    ) -> Boundary {
+        Boundary {
+            step,
+            phase,
+            epoch,
+            position,
+            components,
+            lives: Vec::new(),
+        }
+    }
+
     pub(crate) fn place(&self) -> Place {
         (self.step, self.phase)
     }

@@ -396,14 +396,7 @@ impl Run {
         position: u64,
         components: Vec<(String, Component)>,
     ) -> Result<Option<Difference>> {
-        self.record_boundary(&Boundary {
-            step,
-            phase,
-            epoch,
-            position,
-            components,
-            lives: Vec::new(),
-        })
+        self.record_boundary(&Boundary::new(step, phase, epoch, position, components))
     }
 
     /// [`Run::record`] of a boundary that the caller keeps, to give it again after an error.

@@ -193,15 +193,8 @@ impl End {
                         scan.first = scan.first.or(Some(place));
                         scan.last = Some(place);
                         if place > from {
-                            let lives = Vec::new();
-                            scan.behind.push(Boundary {
-                                step,
-                                phase,
-                                epoch,
-                                position,
-                                components,
-                                lives,
-                            });
+                            let boundary = Boundary::new(step, phase, epoch, position, components);
+                            scan.behind.push(boundary);
                         }
                     }
                     Record::Event { kind, fields, .. } => scan.cuts.note(scan.last, &kind, &fields),

@@ -514,15 +514,9 @@ fn next_of(
         }
         // A life records in order; what does not come after the one before it is not its own doing.
         if last.is_none_or(|last| place > last) {
-            let lives = vec![part.life];
-            return Ok(Some(Boundary {
-                step,
-                phase,
-                epoch,
-                position,
-                components,
-                lives,
-            }));
+            let mut boundary = Boundary::new(step, phase, epoch, position, components);
+            boundary.lives.push(part.life);
+            return Ok(Some(boundary));
         }
     }
 }
