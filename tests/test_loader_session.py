@@ -1,6 +1,9 @@
 """What a session refuses by name, what it keeps besides generators, and several loaders side by side."""
 
+import os
 import random
+import signal
+import time
 from functools import partial
 from typing import Any
 
@@ -19,12 +22,13 @@ from loader_trace import (
     wrapped,
 )
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from unbroken import _core
-from unbroken.errors import MismatchError, NotExact
+from unbroken.errors import MismatchError, NotExact, WorkerDied
 from unbroken.notices import UnbrokenWarning
 from unbroken.torch import rng
-from unbroken.torch.data import Session, sampler
+from unbroken.torch.data import Session, reading, sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes.*:UserWarning")
 
@@ -314,3 +318,95 @@ def test_two_interleaved_loaders_resume_without_moving_each_other(at):
     assert interleave(again, range(at, 6), True) == expected
     for session in (*sessions, *again):
         session.close()
+
+
+class Ending(Dataset[int]):
+    """Gives numbers, and does what it is told to at the fourth."""
+
+    def __init__(self, end: Any) -> None:
+        self.end = end
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 4:
+            self.end()
+        return index
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def meet_a_missing_file() -> None:
+    raise FileNotFoundError(2, "no such file", "picture4.png")
+
+
+@pytest.mark.parametrize("mode", ["native", "keyed"])
+def test_the_death_of_a_worker_is_told_with_its_signal_and_again_when_asked_again(mode: Any):
+    session = open_session(DataLoader(Ending(be_killed), batch_size=2, num_workers=1), mode)
+    session.open(0)
+    with pytest.raises(
+        WorkerDied, match=r"DataLoader worker \(pid \d+\) was killed by SIGKILL: .*out of memory"
+    ):
+        while True:
+            session.next()
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        session.next()
+    session.close()
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_batch_cut_off_by_a_death_that_cannot_be_seen_yet_is_told_as_the_death(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
+    def cut_off(self: Any, timeout: float = 5) -> Any:
+        os.kill(self._workers[1].pid, signal.SIGKILL)
+        raise kind("cut off")
+
+    session = open_session(DataLoader(Pure(), num_workers=2))
+    session.open(0)
+    session.next()
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", cut_off)
+    with pytest.raises(WorkerDied, match="SIGKILL") as raised:
+        session.next()
+    assert isinstance(raised.value, RuntimeError), "what catches torch's error catches this one"
+    assert isinstance(raised.value.__cause__, kind | RuntimeError)
+    session.close()
+
+
+def test_a_batch_cut_off_with_all_workers_alive_fails_as_it_did(monkeypatch: pytest.MonkeyPatch):
+    def cut_off(self: Any, timeout: float = 5) -> Any:
+        raise ConnectionRefusedError("cut off")
+
+    monkeypatch.setattr(reading, "_MOST_WAIT_S", 0.2)
+    session = open_session(DataLoader(Pure(), num_workers=2))
+    session.open(0)
+    session.next()
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", cut_off)
+    with pytest.raises(ConnectionRefusedError, match="cut off"):
+        session.next()
+    session.close()
+
+
+def test_what_a_data_set_raises_in_a_worker_arrives_as_torch_gives_it_and_at_once():
+    session = open_session(DataLoader(Ending(meet_a_missing_file), batch_size=2, num_workers=1))
+    session.open(0)
+    session.next()
+    session.next()
+    begun = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"(?s)in DataLoader worker process 0.*picture4\.png"):
+        session.next()
+    assert time.monotonic() - begun < reading._MOST_WAIT_S
+    session.close()
+
+
+def test_leaving_an_epoch_whose_worker_has_died_ends():
+    loader = DataLoader(Ending(be_killed), batch_size=1, num_workers=2, persistent_workers=True)
+    session = open_session(loader)
+    session.open(0)
+    session.next()
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        session.abandon()
+    session.close()

@@ -4,6 +4,7 @@ Touches: nothing. The extension module raises the first group, from the core's e
 fields; Python alone raises the second.
 """
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,45 @@ class NotTracked(UnbrokenError):
         super().__init__(
             f"{what} takes part in the training and is not tracked by the run", hint=hint, what=what
         )
+
+
+class WorkerDied(UnbrokenError, RuntimeError):
+    """A worker process of a loader has died; what it had read went with it.
+
+    Args:
+        pid: Its process id.
+        exitcode: As multiprocessing gives it: negative for a signal.
+    """
+
+    pid: int
+    exitcode: int
+
+    def __init__(self, pid: int, exitcode: int) -> None:
+        name = _signal_name(-exitcode) if exitcode < 0 else None
+        how = f"was killed by {name}" if name else f"ended with exit code {exitcode}"
+        likely = _LIKELY_CAUSES.get(name or "", "")
+        super().__init__(
+            f"DataLoader worker (pid {pid}) {how}{likely}",
+            hint="nothing is lost: start the same command to go on from the last checkpoint",
+            pid=pid,
+            exitcode=exitcode,
+        )
+
+
+# Words after the signal's name.
+_LIKELY_CAUSES = {
+    "SIGKILL": ": the machine was out of memory, unless somebody sent it",
+    "SIGBUS": ": shared memory is full, as a rule (see `df /dev/shm`)",
+    "SIGSEGV": ": a fault in a native library that the data set uses",
+    "SIGABRT": ": a native library that the data set uses gave up",
+}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class DivergedFromJournal(UnbrokenError):

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.errors import MismatchError
+from unbroken.errors import MismatchError, WorkerDied
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned, encode_hook, has_state_hook, load_hook
+from unbroken.torch.data.reading import read
 from unbroken.torch.data.sampler import LOG_BYTES, Recorder
 from unbroken.torch.data.shadow import IndexStream, Preserved, Shadow, as_it_is, first
 from unbroken.torch.data.tickets import Parcel, Place, WorkerState
@@ -143,7 +144,7 @@ class NativeIterable:
             self._recorder.begin()
             self._recorder.start()
         else:
-            self._iterator = iter(self._shadow.loader)
+            self._iterator = read(self._shadow.loader)
 
     def next(self) -> Any:
         """Return the next batch."""
@@ -179,6 +180,8 @@ class NativeIterable:
                     self._next_read()
                 except StopIteration:
                     break
+                except WorkerDied:
+                    raise
                 except Exception:  # A batch that nobody asked for may fail: torch drops it too.
                     continue
         self._iterator = None
@@ -252,7 +255,7 @@ class NativeIterable:
             else:
                 place = Place(*state["place"])
                 load_hook(self._loader.dataset, place.hook, "dataset")
-                self._iterator = iter(()) if place.ended else iter(self._shadow.loader)
+                self._iterator = iter(()) if place.ended else read(self._shadow.loader)
         if self._way == "replay" or self._workers_count:
             self._owned.install(Captured.from_value(state["owned"]))
         else:
@@ -296,7 +299,7 @@ class NativeIterable:
         is_fresh = not is_over and all(state is None for state in states)
         self._proxy.begin(None if is_fresh else [Start(state, None, is_over) for state in states])
         self._is_resumed = True
-        self._iterator = iter(self._shadow.loader)
+        self._iterator = read(self._shadow.loader)
         self._is_resumed = False
 
     def _make_workers(self, workers: Value, position: int) -> None:
@@ -315,7 +318,7 @@ class NativeIterable:
                 for entry in self._states
             ]
             self._proxy.begin(starts, turn=self._turn)
-        self._iterator = iter(self._shadow.loader)
+        self._iterator = read(self._shadow.loader)
         self._is_resumed = False
         for _ in range(self._turn if self._ships else position):
             found = next(self._iterator)

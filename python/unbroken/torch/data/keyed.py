@@ -19,6 +19,7 @@ from unbroken import _core
 from unbroken.errors import NotExact
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned
+from unbroken.torch.data.reading import read
 from unbroken.torch.data.sampler import Recorder, indices_bytes, leaf_sampler
 from unbroken.torch.data.shadow import IndexStream, Shadow
 from unbroken.torch.data.tickets import Parcel, Ticket
@@ -211,7 +212,7 @@ class KeyedMap:
         generator.manual_seed(int.from_bytes(self._key("workers")[:8], "little"))
         self._shadow.refresh(generator=generator, in_order=True)
         with rng.preserved():
-            self._iterator = iter(self._shadow.loader)
+            self._iterator = read(self._shadow.loader)
         collate = self._shadow.loader.collate_fn
         if not self._loader.num_workers and isinstance(collate, KeyedCollateProxy):
             collate.watch()

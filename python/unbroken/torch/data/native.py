@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from unbroken.errors import MismatchError
+from unbroken.errors import MismatchError, WorkerDied
 from unbroken.torch import rng
 from unbroken.torch.data.attributes import Captured, Owned
+from unbroken.torch.data.reading import read
 from unbroken.torch.data.sampler import Recorder
 from unbroken.torch.data.shadow import IndexStream, Preserved, Shadow, as_it_is, first
 from unbroken.torch.data.tickets import Parcel, Ticket, WorkerState
@@ -96,7 +97,7 @@ class NativeMap:
             self._making_workers = True
             self._origin = self._owned.capture()
             self._states = [None] * self._workers_count
-        self._iterator = iter(self._shadow.loader)
+        self._iterator = read(self._shadow.loader)
 
     def next(self) -> Any:
         """Return the next batch."""
@@ -123,6 +124,8 @@ class NativeMap:
                     self._receive(next(self._iterator))  # pyright: ignore[reportArgumentType]
                 except StopIteration:
                     break
+                except WorkerDied:
+                    raise
                 except Exception:  # A batch that nobody asked for may fail: torch drops it too.
                     continue
         self._iterator = None
@@ -167,7 +170,7 @@ class NativeMap:
             if self._workers_count:
                 self._make_workers(state["workers"], turn=position % self._workers_count)
             else:
-                self._iterator = iter(self._shadow.loader)
+                self._iterator = read(self._shadow.loader)
         self._owned.install(Captured.from_value(state["owned"]))
         self._restore_loader_generator(state)
         self.position = position
@@ -206,7 +209,7 @@ class NativeMap:
         self._queue.extendleft(reversed(tokens))
         self._owned.install(self._origin)
         self._making_workers = True
-        self._iterator = iter(self._shadow.loader)
+        self._iterator = read(self._shadow.loader)
         for _ in tokens:
             parcel = next(self._iterator)
             assert parcel.empty, "a worker answers a token with an empty parcel"
