@@ -6,12 +6,12 @@ use std::collections::HashMap;
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
+use pyo3::types::{PyBytes, PyDict, PyList, PyTuple, PyType};
 use unbroken::Fingerprint;
 use unbroken::format;
 
 use crate::memory::{check_region, look_at};
-use crate::value::from_python;
+use crate::value::{from_python, is_plain};
 
 /// Shapes whose descriptions are kept; a training with more of them describes some anew.
 const HEADS: usize = 256;
@@ -174,14 +174,4 @@ impl BatchReader {
         self.heads.insert(key, head.clone());
         Ok(head)
     }
-}
-
-fn is_plain(item: &Bound<'_, PyAny>) -> bool {
-    item.is_none()
-        || item.is_exact_instance_of::<PyBool>()
-        || item.is_exact_instance_of::<PyInt>()
-        || item.is_exact_instance_of::<PyFloat>()
-        || item.is_exact_instance_of::<PyComplex>()
-        || item.is_exact_instance_of::<PyString>()
-        || item.is_exact_instance_of::<PyBytes>()
 }

@@ -352,3 +352,14 @@ fn unhashable(py: Python<'_>, error: PyErr) -> PyErr {
         &format!("a key or member that Python cannot hash ({})", error.value(py)),
     )
 }
+
+/// Whether something is None or of a builtin type whose whole content is one value.
+pub(crate) fn is_plain(item: &Bound<'_, PyAny>) -> bool {
+    item.is_none()
+        || item.is_exact_instance_of::<PyBool>()
+        || item.is_exact_instance_of::<PyInt>()
+        || item.is_exact_instance_of::<PyFloat>()
+        || item.is_exact_instance_of::<PyComplex>()
+        || item.is_exact_instance_of::<PyString>()
+        || item.is_exact_instance_of::<PyBytes>()
+}

@@ -4,10 +4,11 @@
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PySet, PyString, PyTuple, PyType};
+use pyo3::types::{PyBytes, PyDict, PyList, PySet, PyTuple, PyType};
 use unbroken::Fingerprint;
 
 use crate::memory::{look_at, regions_from_python};
+use crate::value::is_plain;
 
 /// What a member was at the last look.
 enum Seen {
@@ -160,13 +161,4 @@ fn is_container(member: &Bound<'_, PyAny>) -> bool {
         || member.is_instance_of::<PyDict>()
         || member.is_instance_of::<PyTuple>()
         || member.is_instance_of::<PySet>()
-}
-
-fn is_plain(member: &Bound<'_, PyAny>) -> bool {
-    member.is_none()
-        || member.is_exact_instance_of::<PyBool>()
-        || member.is_exact_instance_of::<PyInt>()
-        || member.is_exact_instance_of::<PyFloat>()
-        || member.is_exact_instance_of::<PyString>()
-        || member.is_exact_instance_of::<PyBytes>()
 }
