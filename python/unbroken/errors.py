@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class UnbrokenError(Exception):
     """Any refusal of ours.
 
-    ``str`` gives the message: what happened and where. ``hint`` says what to do next, or is None. Every other
-    keyword becomes an attribute.
+    ``str`` gives the message: what happened and where. ``hint`` says what to do next, or is None; a traceback shows it
+    below the message. Every other keyword becomes an attribute.
     """
 
     hint: str | None
@@ -25,6 +25,8 @@ class UnbrokenError(Exception):
     def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint is not None:
+            self.add_note(f"hint: {hint}")
         for name, value in fields.items():
             setattr(self, name, value)
 
