@@ -76,15 +76,6 @@ def _await_ready(server: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"no process to fork lives from: {said.strip().rpartition(chr(10))[2]}")
 
 
-def _preload() -> None:
-    import numpy.random  # noqa: F401
-    import torch._dynamo
-    import torch.optim.lr_scheduler
-    import torch.utils.data  # noqa: F401
-
-    import unbroken.run  # noqa: F401
-
-
 @dataclass
 class _Life:
     pid: int
@@ -194,7 +185,10 @@ def _become(request: Mapping[str, Any]) -> None:
 
 
 def _main() -> None:
-    _preload()
+    # Here alone: whoever starts a server has no torch to import.
+    from .torch import preload
+
+    preload.everything()
     server = _Server(sys.argv[1])
     print("ready", flush=True)
     request = server.serve()

@@ -584,16 +584,13 @@ class Run:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allow)
 
     def _refuse_distributed(self) -> None:
-        import torch.distributed
-
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            size = torch.distributed.get_world_size()
-            if size > 1:
-                raise NotExact(
-                    f"torch.distributed with {size} ranks",
-                    "this release saves one process; several ranks would write over each other's run",
-                    hint="train in one process, or give each rank a run directory of its own",
-                )
+        size = environment.ranks()
+        if size > 1:
+            raise NotExact(
+                f"torch.distributed with {size} ranks",
+                "this release saves one process; several ranks would write over each other's run",
+                hint="train in one process, or give each rank a run directory of its own",
+            )
 
     def _restore_all(self) -> None:
         """Put back everything, generators last. Called when no more of the user's or the loader's code comes before."""
@@ -924,14 +921,15 @@ class Run:
     def _captured_generators(self) -> dict[str, Any]:
         # Comparisons of checkpoints leave the entry "untouched" out (docs/format.md, "Trees").
         captured = rng.capture()
-        unused = [name for name in ("python", "numpy", "torch") if self._is_untouched(f"rng/{name}")]
+        unused = self._untouched(["python", "numpy", "torch"])
         return {
             "generators": {name: state for name, state in captured.items() if name not in unused},
             "untouched": {"generators": {name: captured[name] for name in unused}, "origins": self._origins},
         }
 
-    def _is_untouched(self, name: str) -> bool:
-        return name in self._origins and dict(rng.digests()).get(name) == self._origins[name]
+    def _untouched(self, names: Iterable[str]) -> list[str]:
+        now, origins = dict(rng.digests()), self._origins
+        return [name for name in names if (key := f"rng/{name}") in origins and now.get(key) == origins[key]]
 
     def _diverged(self, difference: _core.Difference) -> None:
         self._has_diverged = True

@@ -16,6 +16,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.distributed
 
 from unbroken import _core
 
@@ -62,6 +63,14 @@ def versions() -> dict[str, Any]:
         values["cuda.device"] = torch.cuda.get_device_name()
     values.update((f"code.{name}", digest) for name, digest in code())
     return values
+
+
+def ranks() -> int:
+    """Return the size of torch.distributed's process group, 1 where there is none."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
 
 
 def code() -> Iterator[tuple[str, str]]:
