@@ -381,6 +381,47 @@ class Run:
         Durability: on return the checkpoint survives a power cut. Equal storages of earlier checkpoints are not
         written again. On an error nothing that was committed before is touched.
         """
+    def save(
+        self,
+        *,
+        step: int,
+        phase: int,
+        tree: Value,
+        storages: Sequence[tuple[int, int, bool]],
+        identity: Mapping[str, Value],
+        environment: Mapping[str, Value],
+        metrics: Mapping[str, float],
+        pinned: bool = False,
+        keep: tuple[int | None, int | None, tuple[str, Literal["min", "max"], int] | None] | None = None,
+        full: bool = False,
+        confirm: Callable[[], bool] | None = None,
+    ) -> None:
+        """Start a checkpoint in the background and return: `commit` and `prune` on a thread of their own.
+
+        Args:
+            storages: (address, length in bytes, lent). What is lent stays alive and unchanged until `fence` has returned;
+                the rest is copied before this returns.
+            keep: (last, every, best) as for `prune`; None deletes nothing.
+            full: Compare every lent byte with its copy, instead of windows of each region.
+            confirm: Asked on that thread, when all is copied, whether nothing is known to have changed.
+
+        Waits for a save that is under way. Durability: none on return; `outcome` tells.
+        """
+    def fence(self) -> None:
+        """Return when no lent memory is read any more, copying what is left of it. GIL released."""
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+    def outcome(
+        self, *, wait: bool
+    ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn"], int] | None:
+        """Tell once what became of the last save; None while it is under way (without `wait`), or if there is none.
+
+        `torn` (with the step): lent memory changed before it was copied; nothing was written.
+
+        Raises:
+            StorageError: It could not be written; older checkpoints are as they were.
+        """
     def prune(
         self,
         *,
@@ -393,7 +434,7 @@ class Run:
     def checkpoints(self) -> list[CheckpointInfo]:
         """This run's checkpoints, oldest first."""
     def close(self) -> None:
-        """Close the journal and give the lock back. Idempotent."""
+        """Wait for a save that is under way, close the journal and give the lock back. Idempotent."""
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one)."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from .errors import InvalidArgument, StorageError
+from .errors import InvalidArgument, StorageError, UnbrokenError
 from .notices import Say, size
 
 OnFull = Literal["stop", "wait", "continue"]
@@ -81,10 +81,28 @@ class FullDisk:
                 self._pause(pause_s, error)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
             else:
-                if self._full:
-                    self._full = False
-                    self._say("there is room on the disk again")
+                self.took()
                 return True
+
+    def took(self) -> None:
+        """Note that the disk took what was written."""
+        if self._full:
+            self._full = False
+            self._say("there is room on the disk again")
+
+    def refused(self, error: UnbrokenError) -> bool:
+        """Hear that a write beside the training failed; tell whether to try again, and wait, at the next boundary.
+
+        Raises:
+            UnbrokenError: The error itself, if it is not a full disk's, or the policy is to stop.
+        """
+        if not is_full(error) or self.policy == "stop":
+            raise error
+        does = (
+            "waits for room" if self.policy == "wait" else "goes on, and tries again when a checkpoint is due"
+        )
+        self._tell(f"{error}; training {does}")
+        return self.policy == "wait"
 
     def _tell(self, text: str) -> None:
         if not self._full:

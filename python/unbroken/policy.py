@@ -23,25 +23,97 @@ class Policy:
         every_steps: After each multiple of this many steps.
         every_seconds: At the first boundary this many seconds after the last checkpoint was durable.
         epoch_ends: When an epoch's after-work (evaluation, scheduler) is done.
+        continuous: As soon as the last checkpoint is durable, as far as saving costs the training no more than this
+            part of its time (0.01 is one percent), by what earlier saves were measured to cost.
     """
 
     every_steps: int | None = None
     every_seconds: float | None = None
     epoch_ends: bool = True
+    continuous: float | None = None
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise InvalidArgument(f"every_steps must be at least 1, got {self.every_steps}")
         if self.every_seconds is not None and not self.every_seconds > 0:
             raise InvalidArgument(f"every_seconds must be above 0, got {self.every_seconds}")
+        if self.continuous is not None and not 0 < self.continuous <= 1:
+            raise InvalidArgument(f"continuous must be above 0 and at most 1, got {self.continuous}")
 
-    def due(self, *, step: int, phase: int, seconds_since_last: float) -> bool:
-        """Tell whether the boundary (step, phase) is to be saved, `seconds_since_last` after the last commit."""
+    def due(
+        self,
+        *,
+        step: int,
+        phase: int,
+        seconds_since_last: float,
+        saving: bool = False,
+        cost: Cost | None = None,
+        now: float = 0.0,
+    ) -> bool:
+        """Tell whether the boundary (step, phase) is to be saved.
+
+        Args:
+            step: Steps done.
+            phase: 0 in an epoch, 1 between epochs.
+            seconds_since_last: Time since the last checkpoint was durable.
+            saving: A save is under way. Then only what is due by step or at an epoch's end waits for it and follows.
+            cost: What saves have cost so far, for `continuous`.
+            now: The clock that `cost` is kept by.
+        """
         if phase == 1 and self.epoch_ends:
             return True
         if phase == 0 and self.every_steps is not None and step % self.every_steps == 0:
             return True
-        return self.every_seconds is not None and seconds_since_last >= self.every_seconds
+        if saving:
+            return False
+        if self.every_seconds is not None and seconds_since_last >= self.every_seconds:
+            return True
+        return self.continuous is not None and cost is not None and cost.allows(self.continuous, now=now)
+
+
+class Cost:
+    """What saving costs the training: time that it stands still, and steps that are slower while a save is under way.
+
+    Plain arithmetic over seconds that are passed in.
+
+    Args:
+        now: The clock's time at which the training begins.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._begun = now
+        self._spent = 0.0
+        self._last = 0.0
+        self._usual: float | None = None
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent so far."""
+        return self._spent
+
+    def begin(self) -> None:
+        """A save begins: what is added from here on is its cost, the best guess at the next one's."""
+        self._last = 0.0
+
+    def stood(self, seconds: float) -> None:
+        """Add time in which the training stood still for a save."""
+        self._add(seconds)
+
+    def step(self, seconds: float, *, saving: bool) -> None:
+        """Take note of one step's time, standing still left out; what a save made it longer than usual is added."""
+        if not saving:
+            self._usual = seconds if self._usual is None else self._usual + (seconds - self._usual) / 8
+        elif self._usual is not None:
+            self._add(seconds - self._usual)
+
+    def _add(self, seconds: float) -> None:
+        # Also below zero: steps vary, and only the sum says something.
+        self._spent += seconds
+        self._last += seconds
+
+    def allows(self, part: float, *, now: float) -> bool:
+        """Tell whether one more save like the last keeps the cost within this part of the time."""
+        return max(self._spent, 0.0) + max(self._last, 0.0) <= part * (now - self._begun)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,10 @@ class Instructions:
         # What happens between two epochs is to be among what is proven, and a kill behind it too.
         return (epoch > 0 and position >= _STEPS_BEHIND_EPOCH) or elapsed_s >= _PATIENCE * self.seconds
 
+    def awaits(self, point: str) -> bool:
+        """Tell whether something is to happen at this point."""
+        return point in (self.crash_at, self.stop_at)
+
     def reached(self, point: str) -> None:
         """Die or ask to stop, if that was asked for at this point."""
         if point == self.stop_at:

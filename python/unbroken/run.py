@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import _core, notices
 from .batches import Batches, Stream
@@ -40,6 +40,7 @@ from .errors import (
 from .full import FullDisk, OnFull, estimate, is_full
 from .policy import Keep, Policy, as_policy, walltime_deadline
 from .proving import Instructions
+from .saving import Mode, Saves
 from .stop import StopRequest
 from .torch import digests, environment, rng, shield, snapshot
 from .torch.data import Session
@@ -143,6 +144,9 @@ class Run:
             seed, the same for any number of workers.
         checkpoint: A `Policy`, or a number of steps. By default once a minute and at epoch ends.
         keep: A `Keep`, or how many of the newest. By default the newest three.
+        save: `background` goes on training while a checkpoint is written; it is durable some time after its boundary,
+            and a failure is raised at the next one. `copy` does too, and first copies all state at the boundary. `sync`
+            waits at the boundary until it is durable, and takes no memory for a copy.
         walltime: Seconds or `H:MM:SS` from now after which to stop as on a signal; Slurm's own end time by default.
         requeue_code: Exit code after a stop request.
         allow: Names of differences (shell patterns) that do not refuse the resume; the journal records them.
@@ -160,7 +164,7 @@ class Run:
         RunLocked: Another process holds the run.
         NoWholeCheckpoint, DamagedCheckpoint, FormatError, StorageError: The directory cannot be used as it is.
 
-    Durability: a committed checkpoint survives a power cut; a step's journal record survives a kill.
+    Durability: a checkpoint that `checkpoints` lists survives a power cut; a step's journal record survives a kill.
     """
 
     def __init__(
@@ -171,6 +175,7 @@ class Run:
         data: Literal["native", "keyed"] = "native",
         checkpoint: Policy | int | None = None,
         keep: Keep | int | None = None,
+        save: Mode = "background",
         walltime: str | float | None = None,
         requeue_code: int = REQUEUE_CODE,
         allow: Iterable[str] = (),
@@ -197,6 +202,8 @@ class Run:
             raise InvalidArgument(f"journal must be 'sampled' or 'full', got {level!r}")
         if on_divergence not in ("stop", "continue"):
             raise InvalidArgument(f"on_divergence must be 'stop' or 'continue', got {on_divergence!r}")
+        if save not in get_args(Mode):
+            raise InvalidArgument(f"save must be 'background', 'copy' or 'sync', got {save!r}")
         if isinstance(allow, str):
             allow = [allow]
         self.path = proof.place(Path(path))
@@ -218,6 +225,16 @@ class Run:
         self.track(**objects)
 
         self._core = _core.Run.open(self.path, seed=seed, settings={"front": "pytorch"}, strict=strict)
+        self._saves = Saves(
+            self._core,
+            self._objects,
+            policy=self.policy,
+            keep=self.keep,
+            mode=save,
+            level=level,
+            disk=self._full,
+            say=self._say,
+        )
         self._watch = Watch(self._objects)
         self._slots: dict[str, _LoaderSlot] = {}
         self._saved_loaders: dict[str, dict[str, Any]] = {}
@@ -240,13 +257,12 @@ class Run:
         self._primary: weakref.ref[Batches] | None = None
         self._primary_session: Session | None = None
         self._tracer: Tracer | None = None
-        self._pin_next = False
         self._started = self._closed = False
         self._replayed_from: int | None = None
         self._has_diverged = False
         self._overridden = False
         self._steps_of_this_life = 0
-        self._last_commit = self._training_since = time.monotonic()
+        self._training_since = time.monotonic()
         for text in self._core.warnings:
             self._say(text)
         for name, why in self._core.rejected:
@@ -418,7 +434,7 @@ class Run:
 
     def pin(self) -> None:
         """Save the next boundary and keep that checkpoint whatever the retention says."""
-        self._pin_next = True
+        self._saves.pin_next = True
 
     def finish(self) -> None:
         """Complete the run here, before its planned end: early stopping. Starting it again trains nothing."""
@@ -427,11 +443,15 @@ class Run:
             self._complete()
 
     def close(self) -> None:
-        """Give the run back: lock, hooks, signal handlers, loaders. Idempotent; commits nothing."""
+        """Give the run back: lock, hooks, signal handlers, loaders. Idempotent; commits nothing.
+
+        A checkpoint that is under way is waited for.
+        """
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
+        self._saves.close()
         for slot in self._slots.values():
             slot.session.close()
         self._watch.uninstall()
@@ -502,6 +522,7 @@ class Run:
         self._stop.install()
         shield.install()
         self._watch.install()
+        self._saves.install()
         self._core.begin()
         for name, recorded, current in allowed:
             self._overridden = True
@@ -511,7 +532,7 @@ class Run:
         if checkpoint is None:
             self._origins = dict(rng.digests())
             self._recorder.set_origins(self._origins)
-            self._commit(_IN_EPOCH)
+            self._commit(_IN_EPOCH, required=True)
             self._proof.reached("saved:0")
             return
         self._say_resumed(checkpoint, changes)
@@ -790,13 +811,21 @@ class Run:
         if self._watch.has_seen:
             self._check_tracked()
         if self._is_proof:
+            # The same kill is to find the same checkpoints each time: what it does to a save, `saving:K` is for.
+            if self._proof.awaits(f"step:{self.step}"):
+                self._saves.settle()
             self._proof.reached(f"step:{self.step}")
+        if self._saves.has_news:
+            self._saves.hear()
         reason = self._stop.reason or self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
-            self._commit(_IN_EPOCH, required=reason is not None)
+            # What is to happen when this checkpoint is durable, happens at its own boundary.
+            wait = self._proof.awaits(f"saved:{self.step}")
+            self._commit(_IN_EPOCH, wait=wait, required=reason is not None)
             self._proof.reached(f"saved:{self.step}")
         if reason is not None:
             self._exit_for(reason)
+        self._saves.step_begins()
 
     def _record_step(self) -> None:
         if self._tracer is not None:
@@ -878,7 +907,7 @@ class Run:
             )
         self._place.finished = True
         self._place.in_loop = False
-        self._commit(_FINISHED)
+        self._commit(_FINISHED, required=True)
         self._say(f"{self.path}: {self._complete_words()}")
         self._stop.uninstall()
 
@@ -978,16 +1007,12 @@ class Run:
         if self._trial is not None:
             # At its end there is a checkpoint to be made: the first under the environment that passed.
             return not self._on_trial(phase)
-        if self._pin_next or (self._proof.save and f"{self.step}-{phase}" in self._proof.save):
+        if self._proof.save and f"{self.step}-{phase}" in self._proof.save:
             return True
-        since = time.monotonic() - self._last_commit
-        return self.policy.due(step=self._place.step, phase=phase, seconds_since_last=since)
+        return self._saves.due(self.step, phase)
 
-    def _commit(self, phase: int, *, required: bool = True) -> None:
-        """Save this boundary. On return it survives a power cut; then, and only then, older ones may go.
-
-        What is not required may be left out while the disk is full, where `on_full` says so.
-        """
+    def _commit(self, phase: int, *, wait: bool = False, required: bool = False) -> None:
+        """Save this boundary: see `Saves.save`."""
         if self._on_trial(phase):
             return
         captured = snapshot.capture(self._objects, values={"state": dict(self.state)})
@@ -999,30 +1024,17 @@ class Run:
             "loaders": {**self._unopened_loaders(), **self._loader_states()},
         }
         self._proof.reached(f"saving:{self.step}")
-        storages = captured.regions()
         if self._checkpoint is None and self.step == 0:
-            self._say_space(sum(length for _, length in storages))
-
-        def write() -> None:
-            self._write_records()
-            self._core.commit(
-                step=self.step,
-                phase=phase,
-                tree=tree,
-                storages=storages,
-                identity={**self._unopened_identity(), **self._identity},
-                environment=self._versions,
-                metrics=self._metrics,
-                pinned=self._pin_next,
-            )
-
-        saved = self._full.attempt(write, required=required)
-        self._last_commit = time.monotonic()
-        if not saved:
-            return
-        self._pin_next = False
-        if self.keep.last is not None:
-            self._core.prune(last=self.keep.last, every=self.keep.every, best=self.keep.best)
+            self._say_space(sum(length for _, length in captured.regions()))
+        checkpoint = {
+            "step": self.step,
+            "phase": phase,
+            "tree": tree,
+            "identity": {**self._unopened_identity(), **self._identity},
+            "environment": self._versions,
+            "metrics": self._metrics,
+        }
+        self._saves.save(captured, checkpoint, before=self._write_records, wait=wait, required=required)
 
     def _say_space(self, checkpoint_bytes: int) -> None:
         free_bytes = shutil.disk_usage(self.path).free
@@ -1064,7 +1076,7 @@ class Run:
 
     def _save_restored(self, phase: int) -> None:
         if "restored" in self._proof.save:
-            self._commit(phase)
+            self._commit(phase, required=True)
 
     def _proof_ends(self) -> str | None:
         if self._proof.directory is None:

@@ -27,6 +27,10 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
+# What a kill leaves of a save that is under way is swept by the next life, refused or not: here there is to be none.
+WAITS = ("--save", "sync")
+
+
 def assert_refused(told: Story, *flags: str, names: tuple[str, ...]) -> None:
     """The life ends before its first step, says the names, and leaves what there was as it was."""
     before, lines = files_of(told.run), told.steps_written()
@@ -60,7 +64,7 @@ CHANGES = {
 def test_each_change_is_refused_by_name_and_changes_nothing(
     story: Begin, reference: Begin, data: tuple[str, ...]
 ) -> None:
-    told = story(*data).killed_at("73:body")
+    told = story(*data, *WAITS).killed_at("73:body")
     for flags, names in CHANGES.values():
         assert_refused(told, *flags, names=names)
     told.live()
@@ -68,14 +72,14 @@ def test_each_change_is_refused_by_name_and_changes_nothing(
 
 
 def test_other_items_are_refused_by_their_fingerprint(story: Begin, reference: Begin) -> None:
-    told = story("--fingerprint").killed_at("73:body")
+    told = story("--fingerprint", *WAITS).killed_at("73:body")
     assert_refused(told, "--swap", names=("data.fingerprint",))
     told.live()
     assert_exact(told, reference())
 
 
 def test_another_number_of_workers_is_refused_in_native_mode(story: Begin, reference: Begin) -> None:
-    told = story("--workers", "2").killed_at("73:body")
+    told = story("--workers", "2", *WAITS).killed_at("73:body")
     assert_refused(told, "--workers", "1", names=("workers", "2", "1"))
     told.live()
     assert_exact(told, reference("--workers", "2"))
@@ -93,7 +97,7 @@ def test_another_number_of_workers_is_refused_in_native_mode(story: Begin, refer
 def test_an_override_goes_on_and_is_written_to_the_journal(
     story: Begin, flags: tuple[str, ...], name: str
 ) -> None:
-    told = story("--fingerprint").killed_at("73:after")
+    told = story("--fingerprint", *WAITS).killed_at("73:after")
     told.live(*flags, UNBROKEN_ALLOW="*")
     steps = 200 if "--epochs" in flags else 150
     assert told.steps_written()[-1] == steps
@@ -103,7 +107,7 @@ def test_an_override_goes_on_and_is_written_to_the_journal(
 
 
 def test_without_a_fingerprint_the_run_says_that_the_content_was_not_compared(story: Begin) -> None:
-    told = story().killed_at("73:body")
+    told = story(*WAITS).killed_at("73:body")
     life = told.live("--swap", "--kill", "74:before", code=KILLED)
     assert "not compared" in life.words
 
@@ -130,7 +134,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(story: Begin, refer
 
 
 def test_an_unknown_format_version_is_refused(story: Begin, reference: Begin) -> None:
-    told = story().killed_at("20:body")
+    told = story(*WAITS).killed_at("20:body")
     identity = told.run / "run.toml"
     kept = identity.read_text()
     line = next(line for line in kept.splitlines() if line.startswith("format"))
@@ -175,7 +179,7 @@ def open_directory() -> Iterator[Path]:
 
 def test_a_read_only_directory_is_refused(story: Begin, reference: Begin, open_directory: Path) -> None:
     # Permissions do not bind root, so that a life of root's becomes nobody first.
-    told = story().killed_at("20:body")
+    told = story(*WAITS).killed_at("20:body")
     shutil.copytree(told.run, open_directory / "run")
     shutil.copy(told.trace, open_directory / "trace")
     told.run, told.trace = open_directory / "run", open_directory / "trace"
@@ -197,7 +201,7 @@ def test_a_read_only_directory_is_refused(story: Begin, reference: Begin, open_d
 def test_a_disk_that_is_full_loses_nothing(story: Begin, reference: Begin) -> None:
     # A wide net, so that a pack is above the limit that its life has for files, and everything else is below.
     wide = ("--hidden", "4000", "--epochs", "1")
-    told = story(*wide).killed_at("20:body")
+    told = story(*wide, *WAITS).killed_at("20:body")
     before = files_of(told.run)
     life = told.live(code=REFUSED, limits={"file_size_limit": 100_000})
     assert str(told.run) in life.words

@@ -41,7 +41,7 @@ def begin_on(story: Begin, disk: SmallDisk, *flags: str) -> tuple[Story, Life]:
     told = story("--checkpoint", "10", "--keep", "50", "--pause-ms", "8", *disk.flags, *flags)
     told.run = disk.directory / "run"
     life = told.start()
-    wait_for(life, "step 21", told=until_step(told, 21))
+    wait_for(life, "a checkpoint of step 20", told=lambda: any(told.run.glob("checkpoints/*20-0*")))
     disk.fill(life.pid)
     return told, life
 

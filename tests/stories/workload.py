@@ -69,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slow-ms", type=float, default=0, help="time that an item takes to load")
     add("--pause-ms", type=float, default=0, help="time that a step takes besides the work")
     add("--on-full", default="stop", help="what to do when the disk is full")
+    add("--save", default="background", help="whether training goes on while a checkpoint is written")
     add("--keep", type=int, default=3)
     add("--walltime", default=None)
     add("--requeue-code", type=int, default=75)
@@ -308,6 +309,7 @@ def open_run(options: argparse.Namespace, parts: dict[str, Any], data: Items) ->
         checkpoint=checkpoint,
         keep=options.keep,
         on_full=options.on_full,
+        save=options.save,
         **parts,
         **more,
     )

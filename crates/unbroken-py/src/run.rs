@@ -3,17 +3,20 @@
 //! Touches: the run directory; memory that Python lends for the length of a commit.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
 use unbroken::format::journal::Component;
 use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
+use unbroken::saver::{Outcome, Region, Save, Saver};
 use unbroken::store::{Best, Commit, Order, Retention};
 
 use crate::checkpoint::{Checkpoint, CheckpointInfo, pairs};
 use crate::error;
-use crate::memory::{look_at, regions_from_python};
+use crate::memory::{check_region, look_at, regions_from_python};
 use crate::value::{fields_from_python, from_python};
 
 /// The first component in which a step executed again differs from the journal.
@@ -64,7 +67,8 @@ type Place = (u64, u8);
 /// A run on disk, held by one writer: directory, lock, journal and store.
 #[pyclass(frozen, module = "unbroken._core")]
 pub(crate) struct Run {
-    run: run::Run,
+    run: Arc<run::Run>,
+    saver: Saver,
 }
 
 #[pymethods]
@@ -87,7 +91,11 @@ impl Run {
         let run = py
             .detach(|| run::Run::open(&path, &options))
             .map_err(|failure| error::raise(py, &failure))?;
-        Ok(Run { run })
+        let run = Arc::new(run);
+        Ok(Run {
+            saver: Saver::new(Arc::clone(&run)),
+            run,
+        })
     }
 
     #[getter]
@@ -200,6 +208,83 @@ impl Run {
         Ok(CheckpointInfo::of(info))
     }
 
+    #[pyo3(signature = (*, step, phase, tree, storages, identity, environment, metrics, pinned = false, keep = None,
+                        full = false, confirm = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn save(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        phase: u8,
+        tree: &Bound<'_, PyAny>,
+        storages: &Bound<'_, PyAny>,
+        identity: &Bound<'_, PyAny>,
+        environment: &Bound<'_, PyAny>,
+        metrics: &Bound<'_, PyAny>,
+        pinned: bool,
+        keep: Option<Keep>,
+        full: bool,
+        confirm: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let regions: Vec<(usize, usize, bool)> = storages.extract()?;
+        let regions = regions.into_iter().map(|(address, length, lent)| {
+            check_region(py, address, length).map(|()| Region {
+                address,
+                length,
+                lent,
+            })
+        });
+        let regions: Vec<Region> = regions.collect::<PyResult<_>>()?;
+        let save = Save {
+            step,
+            phase,
+            tree: from_python(tree)?,
+            identity: fields_from_python(identity)?,
+            environment: fields_from_python(environment)?,
+            metrics: metrics_from_python(metrics)?,
+            pinned,
+            keep: keep.map(|keep| retention(py, keep)).transpose()?,
+        };
+        let confirm = confirm.map(|asked| -> Box<dyn FnOnce() -> bool + Send> {
+            Box::new(move || Python::attach(|py| confirmed(py, asked)))
+        });
+        // SAFETY: the caller of the Python function keeps the memory until the fence (`_core.pyi`); what is not lent is
+        // copied before this returns.
+        py.detach(|| unsafe { self.saver.start(save, &regions, full, confirm) })
+            .map_err(|failure| error::raise(py, &failure))
+    }
+
+    fn fence(&self, py: Python<'_>) {
+        py.detach(|| self.saver.fence());
+    }
+
+    #[getter]
+    fn saving(&self) -> bool {
+        self.saver.is_saving()
+    }
+
+    #[pyo3(signature = (*, wait))]
+    fn outcome<'py>(
+        &self,
+        py: Python<'py>,
+        wait: bool,
+    ) -> PyResult<Option<(&'static str, Bound<'py, PyAny>)>> {
+        let outcome = if wait {
+            py.detach(|| self.saver.wait())
+        } else {
+            self.saver.outcome()
+        };
+        match outcome {
+            None => Ok(None),
+            Some(Outcome::Saved(info)) => {
+                let info = CheckpointInfo::of(info).into_bound_py_any(py)?;
+                Ok(Some(("saved", info)))
+            }
+            Some(Outcome::Torn { step }) => Ok(Some(("torn", step.into_bound_py_any(py)?))),
+            Some(Outcome::Failed { error, .. }) => Err(error::raise(py, &error)),
+        }
+    }
+
     #[pyo3(signature = (*, last, every, best, dry_run = false))]
     fn prune(
         &self,
@@ -209,23 +294,7 @@ impl Run {
         best: Option<(String, String, usize)>,
         dry_run: bool,
     ) -> PyResult<Vec<String>> {
-        let best = match best {
-            None => None,
-            Some((metric, order, count)) => {
-                let order = match order.as_str() {
-                    "min" => Order::Min,
-                    "max" => Order::Max,
-                    _ => {
-                        return Err(error::invalid(
-                            py,
-                            format!("`{order}` is neither `min` nor `max`"),
-                        ));
-                    }
-                };
-                Some(Best { metric, order, count })
-            }
-        };
-        let policy = Retention { last, every, best };
+        let policy = retention(py, (last, every, best))?;
         py.detach(|| self.run.prune(&policy, dry_run))
             .map_err(|failure| error::raise(py, &failure))
     }
@@ -239,8 +308,11 @@ impl Run {
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.run.close())
-            .map_err(|failure| error::raise(py, &failure))
+        py.detach(|| {
+            self.saver.wait();
+            self.run.close()
+        })
+        .map_err(|failure| error::raise(py, &failure))
     }
 
     fn __repr__(&self) -> String {
@@ -258,6 +330,40 @@ impl Run {
     pub(crate) fn append(&self, boundary: &Boundary) -> unbroken::Result<Option<Difference>> {
         let difference = self.run.record_boundary(boundary)?;
         Ok(difference.map(|difference| Difference { difference }))
+    }
+}
+
+/// What is kept: the newest, every so many steps, the best of one metric.
+type Keep = (Option<usize>, Option<u64>, Option<(String, String, usize)>);
+
+fn retention(py: Python<'_>, (last, every, best): Keep) -> PyResult<Retention> {
+    let best = match best {
+        None => None,
+        Some((metric, order, count)) => {
+            let order = match order.as_str() {
+                "min" => Order::Min,
+                "max" => Order::Max,
+                _ => {
+                    return Err(error::invalid(
+                        py,
+                        format!("`{order}` is neither `min` nor `max`"),
+                    ));
+                }
+            };
+            Some(Best { metric, order, count })
+        }
+    };
+    Ok(Retention { last, every, best })
+}
+
+/// Asks whether lent memory is known to have changed; no where asking fails.
+fn confirmed(py: Python<'_>, asked: Py<PyAny>) -> bool {
+    match asked.call0(py).and_then(|answer| answer.extract(py)) {
+        Ok(answer) => answer,
+        Err(error) => {
+            error.write_unraisable(py, Some(asked.bind(py)));
+            false
+        }
     }
 }
 

@@ -69,6 +69,11 @@ impl Arena {
         self.length == 0
     }
 
+    /// Where it begins, for those who share it and see to it that nobody reads what somebody writes.
+    pub fn address(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the mapping is readable, initialised and this arena's own; borrowing keeps writers away.

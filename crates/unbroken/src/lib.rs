@@ -28,6 +28,7 @@ pub mod localise;
 pub mod outline;
 pub mod repair;
 pub mod run;
+pub mod saver;
 pub mod state;
 pub mod storage;
 pub mod store;

@@ -85,6 +85,8 @@ pub struct Run {
     recorded: Mutex<HashMap<(u64, u8), Boundary>>,
     journal: Mutex<Pen>,
     store: Mutex<Store>,
+    /// The store's checkpoints, for those who ask while it is busy.
+    listed: Mutex<Vec<CheckpointInfo>>,
     lock: Mutex<Option<Box<dyn Lock>>>,
     /// The process that opened it: a fork of it must not write.
     pid: u32,
@@ -239,6 +241,7 @@ impl Run {
             recorded_until,
             recorded: Mutex::new(tail.boundaries),
             journal: Mutex::new(Pen::Idle),
+            listed: Mutex::new(store.checkpoints()),
             store: Mutex::new(store),
             lock: Mutex::new(Some(lock)),
             pid: std::process::id(),
@@ -473,6 +476,7 @@ impl Run {
         };
         let journal_head = self.durable_head(step, phase)?;
         let checkpoint = store.commit(commit, self.life, now(), journal_head)?;
+        *guard(&self.listed) = store.checkpoints();
         let durable = Instant::now();
         let saved = Saved {
             checkpoint: checkpoint.info().name.clone(),
@@ -518,12 +522,15 @@ impl Run {
     /// is an error, and nothing goes.
     pub fn prune(&self, policy: &Retention, dry_run: bool) -> Result<Vec<String>> {
         self.check_lock()?;
-        guard(&self.store).prune(policy, dry_run)
+        let mut store = guard(&self.store);
+        let pruned = store.prune(policy, dry_run);
+        *guard(&self.listed) = store.checkpoints();
+        pruned
     }
 
     /// This run's whole checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
-        guard(&self.store).checkpoints()
+        guard(&self.listed).clone()
     }
 
     /// Opens one of the checkpoints by name, its tensors not read yet.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,15 @@ class Snapshot:
     def regions(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each storage, in the order of the leaves' indices."""
         return self.storages.regions()
+
+    def lendable(self, owned: Collection[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """Return the regions, and of each whether it stays as it is until the next optimizer step.
+
+        Args:
+            owned: (address, length in bytes) of the storages that only optimizers write to.
+        """
+        lent = self.storages.lent(owned)
+        return [(address, length, flag) for (address, length), flag in zip(self.regions(), lent, strict=True)]
 
 
 def capture(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +82,8 @@ class Storages:
         self._whole = _Whole()
         self._whole.keys.update(whole)
         self._regions: list[tuple[int, int]] = []
+        # Regions that are nobody's but this object's.
+        self._private: set[int] = set()
         self._kept: list[Any] = []
         self._index: dict[_Key, int] = {}
         self._compact: dict[_Key, dict[Any, tuple[int, int, tuple[int, ...]]]] = {}
@@ -100,6 +102,14 @@ class Storages:
     def regions(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
         return list(self._regions)
+
+    def lent(self, owned: Collection[tuple[int, int]]) -> list[bool]:
+        """Tell of each region whether it stays as it is until the next optimizer step.
+
+        Args:
+            owned: (address, length in bytes) of the storages that only optimizers write to.
+        """
+        return [index in self._private or region in owned for index, region in enumerate(self._regions)]
 
     def lower(
         self, tensor: torch.Tensor, path: str, *, flags: dict[str, Value] | None = None
@@ -229,12 +239,13 @@ class Storages:
         return views[view]
 
     def _add_storage(self, storage: torch.UntypedStorage) -> int:
+        private = storage.device.type != "cpu" or self._own_copies
         if storage.device.type != "cpu":
             storage = storage.cpu()
         elif self._own_copies:
             storage = storage.clone()
         self._kept.append(storage)
-        return self._add_region(storage.data_ptr(), storage.nbytes())
+        return self._add_region(storage.data_ptr(), storage.nbytes(), private=private)
 
     def _add_compact(self, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
         span = _span_elements(tensor.shape, tensor.stride())
@@ -246,24 +257,27 @@ class Storages:
             strides = tuple(copy.stride())
         storage = copy.untyped_storage()
         self._kept.append(storage)
-        return self._add_region(storage.data_ptr(), storage.nbytes()), 0, strides
+        return self._add_region(storage.data_ptr(), storage.nbytes(), private=True), 0, strides
 
-    def _add_region(self, address: int, length: int) -> int:
+    def _add_region(self, address: int, length: int, *, private: bool) -> int:
         self._regions.append((address, length))
+        if private:
+            self._private.add(len(self._regions) - 1)
         return len(self._regions) - 1
 
     def _empty_storage(self) -> int:
         if self._empty is None:
             anchor = torch.empty(ALIGNMENT_BYTES, dtype=torch.uint8)
             self._kept.append(anchor)
-            self._empty = self._add_region(anchor.data_ptr(), 0)
+            self._empty = self._add_region(anchor.data_ptr(), 0, private=True)
         return self._empty
 
     def lower_bytes(self, data: torch.Tensor) -> Leaf:
         """Return the leaf of bytes that this object now owns: a dense uint8 tensor nobody else changes."""
         self._kept.append(data)
-        index = self._add_region(data.data_ptr(), data.numel()) if data.numel() else self._empty_storage()
-        return Leaf(dtype="uint8", shape=(data.numel(),), strides=(1,), offset=0, storage=index)
+        size = data.numel()
+        index = self._add_region(data.data_ptr(), size, private=True) if size else self._empty_storage()
+        return Leaf(dtype="uint8", shape=(size,), strides=(1,), offset=0, storage=index)
 
 
 def extend_lower(storages: Storages) -> values.Extend:

@@ -1,0 +1,409 @@
+//! Saving in the background: the training goes on while a copy of its state is digested and written.
+//!
+//! Touches: the run that it saves to; memory that it is lent, until [`Saver::fence`] has returned. One save is under way
+//! at a time, on a thread of its own; the next one waits for it. One arena holds the copy: as large as the largest state
+//! saved so far, kept and used again.
+
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use crate::arena::Arena;
+use crate::digest::Fingerprint;
+use crate::error::{Error, Result};
+use crate::run::Run;
+use crate::state::Value;
+use crate::store::{CheckpointInfo, Commit, Retention};
+
+/// Bytes that are copied at a time.
+const PIECE: usize = 4 << 20;
+/// Less lent memory than this is copied at once: it takes less time than to look after it.
+const WORTH_LENDING: usize = 8 << 20;
+/// Where copies begin in the arena.
+const ALIGNMENT: usize = 64;
+/// How many windows of a lent region are compared, and how long each is.
+const WINDOWS: usize = 8;
+const WINDOW: usize = 256;
+
+/// A checkpoint without its memory. See [`Commit`].
+#[derive(Clone, Debug)]
+pub struct Save {
+    /// Optimizer updates so far.
+    pub step: u64,
+    /// 0: after a step inside an epoch. 1: an epoch's after-work is done. 2: the run is finished.
+    pub phase: u8,
+    /// The state.
+    pub tree: Value,
+    /// What may not change.
+    pub identity: Vec<(String, Value)>,
+    /// What the bits may depend on.
+    pub environment: Vec<(String, Value)>,
+    /// Logged numbers by name.
+    pub metrics: Vec<(String, f64)>,
+    /// Whether retention must keep it.
+    pub pinned: bool,
+    /// What is kept once it is durable; `None` keeps everything.
+    pub keep: Option<Retention>,
+}
+
+/// The memory of one storage.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Its first byte's address.
+    pub address: usize,
+    /// Its length in bytes.
+    pub length: usize,
+    /// Whether it stays as it is until the fence. Otherwise it is copied at once.
+    pub lent: bool,
+}
+
+/// What became of a save.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is durable; older ones that the policy does not keep are gone.
+    Saved(CheckpointInfo),
+    /// Lent memory changed before it was copied: nothing was written.
+    Torn {
+        /// The step that it was to save.
+        step: u64,
+    },
+    /// It could not be written, or older ones could not be deleted.
+    Failed {
+        /// The step that it was to save.
+        step: u64,
+        /// Why.
+        error: Error,
+    },
+}
+
+/// Saves one run's checkpoints in the background.
+#[derive(Debug)]
+pub struct Saver {
+    run: Arc<Run>,
+    state: Mutex<State>,
+    /// The process that its threads are in: a fork has none of them.
+    pid: u32,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    flight: Option<Flight>,
+    /// The last save's outcome, until it is asked for.
+    landed: Option<Outcome>,
+    arena: Option<Arc<Arena>>,
+}
+
+#[derive(Debug)]
+struct Flight {
+    copying: Arc<Copying>,
+    thread: JoinHandle<Outcome>,
+}
+
+/// Lent memory on its way into the arena. Whoever has time takes the next piece.
+#[derive(Debug)]
+struct Copying {
+    arena: Arc<Arena>,
+    pieces: Vec<Piece>,
+    next: AtomicUsize,
+    copied: Mutex<usize>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    from: usize,
+    to: usize,
+    length: usize,
+}
+
+impl Copying {
+    /// Copies pieces until none is left to take.
+    fn help(&self) {
+        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            // SAFETY: whoever lent the memory keeps it until the fence, which waits for this; each piece of the arena is
+            // written by whoever took it, and read only when all are.
+            unsafe { copy(piece.from, &self.arena, piece.to, piece.length) };
+            *lock(&self.copied) += 1;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until every piece is copied.
+    fn wait(&self) {
+        let mut copied = lock(&self.copied);
+        while *copied < self.pieces.len() {
+            copied = self
+                .changed
+                .wait(copied)
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+}
+
+/// # Safety
+///
+/// The memory is readable; nobody else touches that part of the arena meanwhile.
+unsafe fn copy(from: usize, arena: &Arena, to: usize, length: usize) {
+    assert!(to + length <= arena.len(), "the arena was made for all of it");
+    // SAFETY: the caller's promise; the arena's memory is writable and this part lies in it.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            std::ptr::with_exposed_provenance(from),
+            arena.address().add(to),
+            length,
+        )
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Saver {
+    /// A saver for a run; no thread is started before the first save.
+    pub fn new(run: Arc<Run>) -> Saver {
+        Saver {
+            run,
+            state: Mutex::default(),
+            pid: std::process::id(),
+        }
+    }
+
+    /// Starts a save and returns. Waits first for one that is under way: its outcome must have been asked for.
+    ///
+    /// What is not lent is copied before this returns. Windows of what is lent are digested, or all of it with `full`,
+    /// and compared with the copy; then `confirm` is asked whether anything is known to have changed meanwhile.
+    ///
+    /// # Durability
+    ///
+    /// None on return. [`Outcome::Saved`] says that the checkpoint survives a power cut; a kill before costs only it.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no memory for the copy, or no thread. Nothing was started then.
+    ///
+    /// # Safety
+    ///
+    /// All regions are readable now; lent ones stay so, and are not written to, until [`Saver::fence`] has returned. (A
+    /// write before that is found out where it touches a window; it is never a data race of Rust's making alone.)
+    pub unsafe fn start(
+        &self,
+        save: Save,
+        regions: &[Region],
+        full: bool,
+        confirm: Option<Box<dyn FnOnce() -> bool + Send>>,
+    ) -> Result<()> {
+        self.check_process()?;
+        let mut state = lock(&self.state);
+        state.land();
+        if state.landed.is_some() {
+            return Err(Error::invalid("nobody asked what became of the last save"));
+        }
+        let lent: usize = regions
+            .iter()
+            .filter(|region| region.lent)
+            .map(|region| region.length)
+            .sum();
+        let mut spans = Vec::with_capacity(regions.len());
+        let mut end = 0usize;
+        for region in regions {
+            spans.push(end..end + region.length);
+            end = (end + region.length).next_multiple_of(ALIGNMENT);
+        }
+        let arena = self.arena(&mut state, end)?;
+        let seed = save.step;
+        let (mut pieces, mut expected) = (Vec::new(), Vec::new());
+        for (index, (region, span)) in regions.iter().zip(&spans).enumerate() {
+            if lent < WORTH_LENDING || !region.lent {
+                // SAFETY: the caller's promise; no thread uses the arena yet.
+                unsafe { copy(region.address, &arena, span.start, region.length) };
+                continue;
+            }
+            // SAFETY: the caller's promise.
+            let bytes = unsafe { look_at(region) };
+            expected.push((index, fingerprint(bytes, seed, full)));
+            for at in (0..region.length).step_by(PIECE) {
+                pieces.push(Piece {
+                    from: region.address + at,
+                    to: span.start + at,
+                    length: PIECE.min(region.length - at),
+                });
+            }
+        }
+        let copying = Arc::new(Copying {
+            arena,
+            pieces,
+            next: AtomicUsize::new(0),
+            copied: Mutex::new(0),
+            changed: Condvar::new(),
+        });
+        let (run, theirs) = (Arc::clone(&self.run), Arc::clone(&copying));
+        let work = move || {
+            give_way();
+            theirs.help();
+            theirs.wait();
+            let bytes = theirs.arena.bytes();
+            let step = save.step;
+            let same = |(index, found): &(usize, Fingerprint)| {
+                fingerprint(&bytes[spans[*index].clone()], seed, full) == *found
+            };
+            // Asked in any case: what it holds on to is let go of by asking.
+            let confirmed = confirm.is_none_or(|confirm| confirm());
+            if !confirmed || !expected.iter().all(same) {
+                return Outcome::Torn { step };
+            }
+            let storages = spans.iter().map(|span| &bytes[span.clone()]).collect();
+            match write(&run, save, storages) {
+                Ok(info) => Outcome::Saved(info),
+                Err(error) => Outcome::Failed { step, error },
+            }
+        };
+        let thread = std::thread::Builder::new().name("unbroken-save".to_owned());
+        let thread = thread
+            .spawn(work)
+            .map_err(|error| Error::io("start a thread to save", self.run.path(), error))?;
+        state.flight = Some(Flight { copying, thread });
+        Ok(())
+    }
+
+    fn arena(&self, state: &mut State, length: usize) -> Result<Arc<Arena>> {
+        // The last save has landed; only a fence that is just returning may still hold it.
+        let kept = state
+            .arena
+            .take()
+            .filter(|arena| arena.len() >= length && Arc::strong_count(arena) == 1);
+        let arena = match kept {
+            Some(arena) => arena,
+            None => Arc::new(
+                Arena::new(length)
+                    .map_err(|error| Error::io("take memory to save", self.run.path(), error))?,
+            ),
+        };
+        state.arena = Some(Arc::clone(&arena));
+        Ok(arena)
+    }
+
+    /// Returns when no lent memory is read any more, copying what is left of it.
+    pub fn fence(&self) {
+        if self.pid != std::process::id() {
+            return; // What is lent was lent by another process.
+        }
+        let copying = lock(&self.state)
+            .flight
+            .as_ref()
+            .map(|flight| Arc::clone(&flight.copying));
+        if let Some(copying) = copying {
+            copying.help();
+            copying.wait();
+        }
+    }
+
+    /// Whether a save is under way.
+    pub fn is_saving(&self) -> bool {
+        let state = lock(&self.state);
+        state
+            .flight
+            .as_ref()
+            .is_some_and(|flight| !flight.thread.is_finished())
+    }
+
+    /// Returns what became of the last save, once; `None` while it is under way.
+    pub fn outcome(&self) -> Option<Outcome> {
+        let mut state = lock(&self.state);
+        if state
+            .flight
+            .as_ref()
+            .is_some_and(|flight| flight.thread.is_finished())
+        {
+            state.land();
+        }
+        state.landed.take()
+    }
+
+    /// Waits until no save is under way, and returns what became of the last one, once.
+    pub fn wait(&self) -> Option<Outcome> {
+        if self.pid != std::process::id() {
+            return None;
+        }
+        let mut state = lock(&self.state);
+        state.land();
+        state.landed.take()
+    }
+
+    fn check_process(&self) -> Result<()> {
+        if self.pid == std::process::id() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "this process is a fork of the one that opened the run; only that one writes",
+        ))
+    }
+}
+
+impl State {
+    /// Waits for the save that is under way.
+    fn land(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            let outcome = flight.thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            self.landed = Some(outcome);
+        }
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        // Lent memory must not be read by a thread that outlives whoever keeps it.
+        if self.pid == std::process::id() {
+            lock(&self.state).land();
+        }
+    }
+}
+
+/// # Safety
+///
+/// The region is readable while the slice is used.
+unsafe fn look_at<'a>(region: &Region) -> &'a [u8] {
+    if region.length == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(region.address), region.length) }
+}
+
+/// A fingerprint of windows spread over the bytes, elsewhere for each seed; of all of them with `full`.
+fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
+    if full || bytes.len() <= WINDOWS * WINDOW {
+        return Fingerprint::of(bytes);
+    }
+    let stride = bytes.len() / WINDOWS;
+    let shift = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % (stride - WINDOW + 1);
+    let windows: Vec<&[u8]> = (0..WINDOWS)
+        .map(|index| &bytes[index * stride + shift..index * stride + shift + WINDOW])
+        .collect();
+    Fingerprint::of_regions(&windows)
+}
+
+fn write(run: &Run, save: Save, storages: Vec<&[u8]>) -> Result<CheckpointInfo> {
+    let info = run.commit(Commit {
+        step: save.step,
+        phase: save.phase,
+        tree: save.tree,
+        storages,
+        identity: save.identity,
+        environment: save.environment,
+        metrics: save.metrics,
+        pinned: save.pinned,
+    })?;
+    if let Some(keep) = save.keep {
+        run.prune(&keep, false)?;
+    }
+    Ok(info)
+}
+
+/// Lets the training go first where there are fewer cores than threads.
+fn give_way() {
+    // On Linux this is the calling thread's own, and that of the threads it starts. Refused, nothing is lost.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, 5);
+}

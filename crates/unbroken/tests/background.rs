@@ -1,0 +1,354 @@
+//! Saving in the background: a slow disk, one that fails, memory that changes too early. What is acknowledged is there.
+//!
+//! Touches: memory only.
+
+mod world;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use unbroken::run::Run;
+use unbroken::saver::{Outcome, Region, Save, Saver};
+use unbroken::state::Value;
+use unbroken::storage::faulty::{Fault, FaultyStorage};
+use unbroken::storage::memory::{Leftovers, MemoryStorage};
+use unbroken::storage::{Claim, Input, Output, Storage};
+use unbroken::store::Retention;
+use world::{components, leaf, open, resumed_step, shared};
+
+/// A storage whose writes take their time.
+#[derive(Debug)]
+struct Slow(MemoryStorage, Duration);
+
+#[derive(Debug)]
+struct SlowOutput(Box<dyn Output>, Duration);
+
+impl Output for SlowOutput {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        std::thread::sleep(self.1);
+        self.0.write_at(offset, bytes)
+    }
+
+    fn reserve(&self, length: u64) -> io::Result<()> {
+        self.0.reserve(length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+impl Storage for Slow {
+    fn location(&self) -> &Path {
+        self.0.location()
+    }
+
+    fn create_dir(&self, name: &str) -> io::Result<()> {
+        self.0.create_dir(name)
+    }
+
+    fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>> {
+        Ok(Box::new(SlowOutput(self.0.create_new(name)?, self.1)))
+    }
+
+    fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
+        self.0.reuse(name)
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
+        self.0.open(name)
+    }
+
+    fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
+        self.0.rename_new(from, to)
+    }
+
+    fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
+        self.0.link_new(from, name, to)
+    }
+
+    fn sync_dir(&self, name: &str) -> io::Result<()> {
+        self.0.sync_dir(name)
+    }
+
+    fn list(&self, name: &str) -> io::Result<Vec<String>> {
+        self.0.list(name)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.0.remove(name)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.0.free_bytes()
+    }
+
+    fn lock(&self, name: &str) -> io::Result<Claim> {
+        self.0.lock(name)
+    }
+}
+
+/// A state of two storages: a large one, which is lent, and a small one, which is copied.
+struct State {
+    large: Vec<u64>,
+    small: Vec<u64>,
+}
+
+const LARGE: usize = (9 << 20) / 8;
+
+impl State {
+    fn new() -> State {
+        State {
+            large: vec![0; LARGE],
+            small: vec![0; 10],
+        }
+    }
+
+    fn set(&mut self, step: u64) {
+        self.large.fill(step);
+        self.small.fill(step);
+    }
+
+    fn regions(&self) -> Vec<Region> {
+        let region = |words: &[u64], lent| Region {
+            address: words.as_ptr().expose_provenance(),
+            length: words.len() * 8,
+            lent,
+        };
+        vec![region(&self.large, true), region(&self.small, false)]
+    }
+}
+
+fn save_at(step: u64) -> Save {
+    Save {
+        step,
+        phase: 0,
+        tree: Value::List(vec![leaf(0, 2 * LARGE as u64), leaf(1, 20)]),
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+        keep: Some(Retention {
+            last: Some(2),
+            ..Retention::default()
+        }),
+    }
+}
+
+fn start(saver: &Saver, step: u64, state: &State) {
+    // SAFETY: every test calls the fence before it changes or drops the state, except where it says so.
+    unsafe { saver.start(save_at(step), &state.regions(), false, None) }.unwrap();
+}
+
+fn begun(storage: Arc<dyn Storage>) -> Arc<Run> {
+    let run = open(&storage).unwrap();
+    run.begin().unwrap();
+    Arc::new(run)
+}
+
+fn record(run: &Run, step: u64) {
+    if step > 0 {
+        run.record(step, 0, 0, step, components(step)).unwrap();
+    }
+}
+
+/// Asserts that every checkpoint holds its own step's number and no other.
+fn assert_one_step_each(run: &Run) {
+    for info in run.checkpoints() {
+        let checkpoint = run.checkpoint(&info.name).unwrap();
+        for storage in 0..2 {
+            let bytes = checkpoint.read(storage).unwrap();
+            let expected = info.step.to_le_bytes().repeat(bytes.len() / 8);
+            assert!(bytes == expected, "storage {storage} of step {}", info.step);
+        }
+    }
+}
+
+#[test]
+fn a_slow_disk_gets_one_step_into_each_checkpoint_while_training_goes_on() {
+    // Each write takes 40 ms. The state changes right after each fence, long before the checkpoint is written.
+    let memory = MemoryStorage::new();
+    let run = begun(Arc::new(Slow(memory.clone(), Duration::from_millis(40))));
+    let saver = Saver::new(Arc::clone(&run));
+    let mut state = State::new();
+    let mut in_flight = 0;
+    for step in 0..=5 {
+        state.set(step);
+        record(&run, step);
+        let begun = Instant::now();
+        start(&saver, step, &state);
+        saver.fence();
+        state.set(1000 + step);
+        in_flight += usize::from(saver.is_saving());
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        let Some(Outcome::Saved(info)) = saver.wait() else {
+            panic!("step {step} was not saved")
+        };
+        assert_eq!(info.step, step);
+        assert!(
+            saver.wait().is_none() && saver.outcome().is_none(),
+            "an outcome is told once"
+        );
+    }
+    assert_eq!(in_flight, 6, "the training went on while each was written");
+    assert_eq!(
+        run.checkpoints().iter().map(|info| info.step).collect::<Vec<_>>(),
+        [4, 5]
+    );
+    assert_one_step_each(&run);
+    let run = open(&shared(&memory.after_power_cut(Leftovers::Nothing))).unwrap();
+    assert_eq!(resumed_step(&run), Some(5));
+}
+
+#[test]
+fn a_save_that_fails_is_told_and_leaves_the_older_checkpoints() {
+    for fault in [Fault::Device, Fault::NoSpace] {
+        let faulty = FaultyStorage::new(Arc::new(MemoryStorage::new()));
+        let run = begun(Arc::new(faulty.clone()));
+        let saver = Saver::new(Arc::clone(&run));
+        let mut state = State::new();
+        for step in 0..=6 {
+            state.set(step);
+            record(&run, step);
+            if step == 3 {
+                faulty.fail_at(4, fault);
+            }
+            start(&saver, step, &state);
+            saver.fence();
+            let outcome = saver.wait();
+            if step == 3 {
+                assert!(
+                    matches!(outcome, Some(Outcome::Failed { step: 3, .. })),
+                    "{outcome:?}"
+                );
+                assert_eq!(run.checkpoints().last().unwrap().step, 2);
+                faulty.heal();
+            } else {
+                assert!(matches!(outcome, Some(Outcome::Saved(_))), "{step}: {outcome:?}");
+            }
+            assert_one_step_each(&run);
+        }
+        assert_eq!(
+            run.checkpoints().iter().map(|info| info.step).collect::<Vec<_>>(),
+            [5, 6]
+        );
+    }
+}
+
+#[test]
+fn memory_that_changes_before_it_is_copied_is_found_out() {
+    // Another thread writes to a part of what is lent, all the time. All of it is compared, so that it shows.
+    let run = begun(shared(&MemoryStorage::new()));
+    let saver = Saver::new(Arc::clone(&run));
+    let state = State::new();
+    let (address, stop) = (
+        state.large.as_ptr().expose_provenance(),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let stopped = Arc::clone(&stop);
+    let writer = std::thread::spawn(move || {
+        let words: *mut u64 = std::ptr::with_exposed_provenance_mut(address);
+        for round in 1.. {
+            for at in 0..500 {
+                // SAFETY: the state outlives this thread, which is joined below.
+                unsafe { words.add(at).write_volatile(round) };
+            }
+            if stopped.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+    });
+    let mut torn = 0;
+    for step in 0..8 {
+        record(&run, step);
+        // SAFETY: the state is there until the end; that it changes is what this test is about.
+        unsafe { saver.start(save_at(step), &state.regions(), true, None) }.unwrap();
+        saver.fence();
+        torn += usize::from(matches!(saver.wait(), Some(Outcome::Torn { .. })));
+    }
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    assert!(torn > 0, "nobody noticed");
+    drop(state);
+}
+
+#[test]
+fn a_save_that_is_known_to_be_torn_writes_nothing() {
+    let memory = MemoryStorage::new();
+    let run = begun(shared(&memory));
+    let saver = Saver::new(Arc::clone(&run));
+    let state = State::new();
+    let before = memory.files().len();
+    // SAFETY: the state is there until the end.
+    unsafe { saver.start(save_at(0), &state.regions(), true, Some(Box::new(|| false))) }.unwrap();
+    saver.fence();
+    assert!(matches!(saver.wait(), Some(Outcome::Torn { step: 0 })));
+    assert_eq!(memory.files().len(), before);
+    start(&saver, 0, &state);
+    saver.fence();
+    assert!(matches!(saver.wait(), Some(Outcome::Saved(_))));
+}
+
+#[test]
+fn an_outcome_that_nobody_asked_for_stops_the_next_save() {
+    let run = begun(shared(&MemoryStorage::new()));
+    let saver = Saver::new(run);
+    let state = State::new();
+    start(&saver, 0, &state);
+    saver.fence();
+    // SAFETY: nothing is started.
+    let refused = unsafe { saver.start(save_at(1), &state.regions(), false, None) };
+    assert!(refused.unwrap_err().to_string().contains("nobody asked"));
+    assert!(matches!(saver.wait(), Some(Outcome::Saved(_))));
+}
+
+#[test]
+fn a_crash_anywhere_in_a_save_in_the_background_costs_only_that_checkpoint() {
+    // Steps 0 and 1 are durable. The process dies at each operation of step 2's save.
+    for fault in [Fault::Crash, Fault::CrashAfter] {
+        for index in 0.. {
+            let memory = MemoryStorage::new();
+            let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+            let run = begun(Arc::new(faulty.clone()));
+            let saver = Saver::new(Arc::clone(&run));
+            let state = State::new();
+            let small = |step: u64| {
+                let regions = vec![state.regions()[1]];
+                let save = Save {
+                    tree: leaf(0, 20),
+                    ..save_at(step)
+                };
+                record(&run, step);
+                // SAFETY: the state is there until the end.
+                unsafe { saver.start(save, &regions, false, None) }.unwrap();
+                saver.fence();
+                matches!(saver.wait(), Some(Outcome::Saved(_)))
+            };
+            assert!(small(0) && small(1));
+            run.record(2, 0, 0, 2, components(2)).unwrap();
+            faulty.fail_at(index, fault);
+            let save = Save {
+                tree: leaf(0, 20),
+                ..save_at(2)
+            };
+            // SAFETY: as above.
+            unsafe { saver.start(save, &[state.regions()[1]], false, None) }.unwrap();
+            let saved = matches!(saver.wait(), Some(Outcome::Saved(_)));
+            let died = faulty.operations().len() > index;
+            for leftovers in [Leftovers::Nothing, Leftovers::Names, Leftovers::Everything] {
+                let story = format!("{fault:?} at operation {index}, leaving {leftovers:?}");
+                let run = open(&shared(&memory.after_power_cut(leftovers))).unwrap();
+                let step = resumed_step(&run).unwrap();
+                assert!(step == 2 || (step == 1 && !saved), "{story}: step {step}");
+                assert!(run.rejected().is_empty(), "{story}: {:?}", run.rejected());
+            }
+            if !died {
+                assert!(saved && index > 10, "only {index} operations were tried");
+                break;
+            }
+        }
+    }
+}

@@ -1,0 +1,277 @@
+"""A run's checkpoints on their way to the disk: when one is due, written while the training goes on or waited for.
+
+Touches: the run directory through the core; memory that the core reads until an optimizer steps; torch's global hook
+before optimizer steps, from `install` until `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import _core, room
+from .errors import StorageError, UnbrokenError
+from .full import FullDisk
+from .notices import Say, size
+from .policy import Cost, Keep, Policy
+from .torch import digests
+from .torch.fence import Fence, Owned
+from .torch.snapshot import Snapshot
+
+Mode = Literal["background", "copy", "sync"]
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    step: int
+    pinned: bool
+
+
+class Saves:
+    """Saves boundaries of one run: one at a time, each either durable, thrown away, or an error that is raised.
+
+    Args:
+        core: The run on disk.
+        objects: Tracked objects; optimizers among them own the memory that may be lent.
+        policy: When a boundary is due.
+        keep: What stays.
+        mode: `background` lends what only optimizers change, and copies the rest; `copy` copies all at the boundary;
+            `sync` waits until it is durable.
+        level: The journal's: with `full` every lent byte is compared with its copy.
+        disk: What a full disk means.
+        say: Says one line to the user.
+    """
+
+    def __init__(
+        self,
+        core: _core.Run,
+        objects: Mapping[str, object],
+        *,
+        policy: Policy,
+        keep: Keep,
+        mode: Mode,
+        level: digests.Level,
+        disk: FullDisk,
+        say: Say,
+    ) -> None:
+        self._core, self._objects = core, objects
+        self._policy, self._keep = policy, keep
+        self._mode: Mode = mode
+        self._level = level
+        self._disk, self._say = disk, say
+        self._fence = Fence(self._end_lending)
+        self._lent: tuple[Snapshot, Owned] | None = None
+        self._under_way: _UnderWay | None = None
+        # The largest state that a copy was made of: its memory is kept.
+        self._copied_bytes = 0
+        self.pin_next = False
+        # Something came to nothing: the next boundary is saved in its place, and waited for.
+        self._again = self._again_waiting = False
+        now = time.monotonic()
+        self._last_durable = self._step_began = now
+        # What saving costs is measured where the policy asks for it.
+        self._weighs = policy.continuous is not None
+        self._cost = Cost(now)
+        self.has_news = self._weighs
+
+    def install(self) -> None:
+        """Begin to listen for optimizers' steps."""
+        self._fence.install()
+
+    def due(self, step: int, phase: int) -> bool:
+        """Tell whether this boundary is to be saved."""
+        if self.pin_next or self._again:
+            return True
+        now = time.monotonic()
+        return self._policy.due(
+            step=step,
+            phase=phase,
+            seconds_since_last=now - self._last_durable,
+            saving=self._under_way is not None,
+            cost=self._cost,
+            now=now,
+        )
+
+    def save(
+        self,
+        captured: Snapshot,
+        checkpoint: dict[str, Any],
+        *,
+        before: Callable[[], object],
+        wait: bool = False,
+        required: bool = False,
+    ) -> None:
+        """Save a boundary; older checkpoints go when, and only when, it survives a power cut.
+
+        Args:
+            captured: The tracked objects' state.
+            checkpoint: The other arguments of the core's `commit`.
+            before: Writes what must be written before it.
+            wait: Return when it is durable.
+            required: The same, and a full disk is no reason to leave it out under any policy.
+
+        Raises:
+            StorageError: It, or the one before it, could not be written. Older ones are as they were.
+        """
+        begun = time.monotonic()
+        if required:
+            self._settle_quietly()
+        else:
+            self.settle()
+        checkpoint["pinned"] = self.pin_next
+        if not (wait or required):
+            self._find_memory(captured)
+        if wait or required or self._mode == "sync" or self._again_waiting:
+            self._save_waiting(captured, checkpoint, before, required=required)
+        else:
+            self._start(captured, checkpoint, before)
+        self._cost.begin()
+        self._cost.stood(time.monotonic() - begun)
+
+    def hear(self) -> None:
+        """At a step's boundary: learn what became of the save that is under way, if it is over.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        if self._weighs:
+            now = time.monotonic()
+            self._cost.step(now - self._step_began, saving=self._under_way is not None)
+        self._listen(wait=False)
+
+    def step_begins(self) -> None:
+        """The boundary's work is done."""
+        if self._weighs:
+            self._step_began = time.monotonic()
+
+    def close(self) -> None:
+        """Wait for what is under way, and listen no more. Idempotent; what failed is said, not raised."""
+        self._settle_quietly()
+        self._fence.uninstall()
+
+    # One save.
+
+    def _save_waiting(
+        self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object], *, required: bool
+    ) -> None:
+        storages = captured.regions()
+
+        def write() -> None:
+            before()
+            self._core.commit(**checkpoint, storages=storages)
+
+        saved = self._disk.attempt(write, required=required)
+        self._last_durable = time.monotonic()
+        self._again = self._again_waiting = False
+        if not saved:
+            return
+        self.pin_next = False
+        if self._keep.last is not None:
+            self._core.prune(last=self._keep.last, every=self._keep.every, best=self._keep.best)
+
+    def _find_memory(self, captured: Snapshot) -> None:
+        """Wait for each checkpoint from now on if there is no memory for a copy: the kernel would kill the training."""
+        needed = sum(length for _, length in captured.regions())
+        if self._mode == "sync" or needed <= self._copied_bytes:
+            return
+        free = room.free_bytes()
+        if free is not None and needed > free:
+            self._mode = "sync"
+            self._say(
+                f"a copy of the state would take {size(needed)} of memory, and {size(free)} are free: the training "
+                'waits for each checkpoint, as with save="sync"'
+            )
+        else:
+            self._copied_bytes = needed
+
+    def _start(self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object]) -> None:
+        if not self._disk.attempt(before):
+            return
+        keep = self._keep
+        owned = Owned(self._objects.values() if self._mode == "background" else ())
+        try:
+            self._core.save(
+                **checkpoint,
+                storages=captured.lendable(owned.keys),
+                keep=(keep.last, keep.every, keep.best) if keep.last is not None else None,
+                full=self._level == "full",
+                confirm=owned.unchanged,
+            )
+        except StorageError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            self._mode = "sync"
+            self._say(f"{error}; from now on the training waits for each checkpoint, which takes no memory")
+            self._save_waiting(captured, checkpoint, before, required=False)
+            return
+        self._lent = (captured, owned)
+        self._under_way = _UnderWay(checkpoint["step"], self.pin_next)
+        self.pin_next = self._again = False
+        self.has_news = True
+
+    def _end_lending(self) -> None:
+        """An optimizer is about to step: what it writes to must have been copied."""
+        if self._lent is None:
+            return
+        begun = time.monotonic()
+        self._core.fence()
+        _, owned = self._lent
+        owned.unchanged()
+        self._lent = None
+        waited = time.monotonic() - begun
+        self._cost.stood(waited)
+        self._step_began += waited
+
+    def settle(self) -> None:
+        """Wait until nothing is under way.
+
+        Raises:
+            StorageError: What was under way could not be written.
+        """
+        self._end_lending()
+        self._listen(wait=True)
+
+    def _settle_quietly(self) -> None:
+        """Wait for what is under way when nothing can be made of its failure but words."""
+        try:
+            self.settle()
+        except UnbrokenError as error:
+            self._say(str(error))
+
+    def _listen(self, *, wait: bool) -> None:
+        under_way = self._under_way
+        if under_way is None:
+            return
+        try:
+            outcome = self._core.outcome(wait=wait)
+        except UnbrokenError as error:
+            self._over(pinned=under_way.pinned)
+            with contextlib.suppress(StorageError):  # The journal may be on the same full disk.
+                self._core.event("save failed", under_way.step, {"error": str(error)})
+            # It may be made up for at the next boundary, where the training can wait for room.
+            self._again = self._again_waiting = self._disk.refused(error)
+            return
+        if outcome is None:
+            return
+        if outcome[0] == "saved":
+            self._over(pinned=False)
+            self._disk.took()
+            return
+        self._over(pinned=under_way.pinned)
+        # The copy was of nobody's state. The next boundary is saved in its place, copied while nothing runs.
+        self._mode, self._again = "copy", True
+        self._core.event("save torn", under_way.step, {})
+        self._say(
+            f"the checkpoint of step {under_way.step} was thrown away: something else than an optimizer's step wrote "
+            "to parameters or optimizer state; from now on all state is copied at the boundary"
+        )
+
+    def _over(self, *, pinned: bool) -> None:
+        self._under_way = self._lent = None
+        self.pin_next = self.pin_next or pinned
+        self._last_durable = time.monotonic()
+        self.has_news = self._weighs

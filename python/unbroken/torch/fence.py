@@ -1,0 +1,91 @@
+"""What only an optimizer's step changes, and the moment right before it: where background copies must be done.
+
+Touches: torch's global hooks, from `install` until `uninstall`; reads optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+LEND_FROM_BYTES = 64 << 10
+"""Smaller storages are copied at the boundary: looking after each costs more than its copy."""
+
+StorageKey = tuple[int, int]
+"""Address and length in bytes of a storage on the CPU."""
+
+
+class Owned:
+    """The storages that belong to optimizers, and whether anybody was seen to write to them since.
+
+    Version counters miss writers (numpy, `.data`, fused kernels) and digests of windows miss writes between them; both
+    together miss little, and the journal's replay finds the rest.
+
+    Args:
+        objects: Tracked objects; optimizers among them are asked.
+    """
+
+    def __init__(self, objects: Iterable[object]) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self.keys: set[StorageKey] = set()
+        for item in objects:
+            for tensor in _tensors_of(item):
+                # A tensor made in inference mode has no counter.
+                if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
+                    continue
+                storage = tensor.untyped_storage()
+                if storage.nbytes() >= LEND_FROM_BYTES:
+                    self._tensors.append(tensor)
+                    self.keys.add((storage.data_ptr(), storage.nbytes()))
+        self._versions = self._read()
+        self._unchanged: bool | None = None
+
+    def _read(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
+
+    def unchanged(self) -> bool:
+        """Tell whether no tensor's version counter had moved when this was asked first: when everything was copied.
+
+        Both sides ask, the thread that copies and the one that is about to step; whoever comes first settles it.
+        """
+        if self._unchanged is None:
+            self._unchanged = self._read() == self._versions
+        return self._unchanged
+
+
+def _tensors_of(item: object) -> Iterator[torch.Tensor]:
+    if not isinstance(item, Optimizer):
+        return
+    for group in item.param_groups:
+        yield from (p for p in group["params"] if isinstance(p, torch.Tensor))
+    for state in item.state.values():
+        if isinstance(state, dict):
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+class Fence:
+    """Calls back right before any optimizer of this process steps.
+
+    Args:
+        reached: Called without arguments on the thread that steps.
+    """
+
+    def __init__(self, reached: Callable[[], None]) -> None:
+        self._reached = reached
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def install(self) -> None:
+        """Begin to call."""
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._before)
+
+    def uninstall(self) -> None:
+        """Call no more. Idempotent."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._reached()

@@ -1,0 +1,190 @@
+"""Saving while the training goes on: one step in each checkpoint, failures heard, nothing left behind at an end."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import unbroken
+from unbroken import Policy, errors, room
+from unbroken.policy import Cost
+from unbroken.torch import fence
+
+
+class Counting:
+    """A training in which every element of every tensor is the number of the step, optimizer state included."""
+
+    def __init__(self, path: Path, *, tensors: int = 9, elements: int = 1 << 17, **options: Any) -> None:
+        options = {"quiet": True, **options}
+        self.parameters = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(tensors)]
+        self.plain = [torch.zeros(1000) for _ in range(4)]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1.0, momentum=0.5)
+        self.loader = DataLoader(TensorDataset(torch.zeros(64, 1)), batch_size=1)
+        self.run = unbroken.Run(
+            path,
+            seed=1,
+            weights=self.parameters,
+            plain=self.plain,
+            optimizer=self.optimizer,
+            **options,
+        )
+
+    def step(self) -> None:
+        """Each momentum becomes -1 and each parameter goes up by 1."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, -1.0)
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                parameter.grad -= 0.5 * buffer
+        for tensor in self.plain:
+            tensor += 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def train(self, epochs: int = 1, until: int = 10**9) -> None:
+        for _ in self.run.epochs(epochs):
+            for _ in self.run.batches(self.loader):
+                self.step()
+                if self.run.step + 1 >= until:
+                    return
+
+
+def values_in(path: Path) -> tuple[int, set[float]]:
+    """Return a checkpoint's step, and every value that its tensors have."""
+    found = unbroken.load(path)
+    objects = found["objects"]
+    tensors = [*objects["weights"]["value"], *objects["plain"]["value"]]
+    return found["run"]["step"], {value for tensor in tensors for value in tensor.unique().tolist()}
+
+
+def test_every_checkpoint_saved_in_the_background_holds_one_step_in_all_tensors(tmp_path: Path) -> None:
+    life = Counting(tmp_path / "run", checkpoint=8, keep=100)
+    life.train()
+    life.run.close()
+    infos = life.run.checkpoints()
+    assert [info.step for info in infos if info.phase == 0] == [0, *range(8, 65, 8)]
+    for info in infos:
+        assert values_in(info.path) == (info.step, {float(info.step)})
+    assert list((tmp_path / "run" / "tmp").iterdir()) == []
+    journal = (tmp_path / "run" / "journal" / "000001.journal").read_bytes()
+    assert journal.count(b"saved") >= 8
+
+
+def test_a_checkpoint_that_is_due_while_another_is_written_waits_for_it(tmp_path: Path) -> None:
+    life = Counting(tmp_path / "run", checkpoint=1, keep=2)
+    life.train(until=20)
+    life.run.close()
+    assert [info.step for info in life.run.checkpoints()] == [18, 19]
+    assert values_in(tmp_path / "run") == (19, {19.0})
+
+
+@pytest.mark.parametrize("save", ["background", "sync"])
+def test_a_save_that_fails_is_reported_and_costs_only_itself(tmp_path: Path, save: Any) -> None:
+    life = Counting(tmp_path / "run", checkpoint=5, keep=100, save=save)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(errors.StorageError) as caught:
+            for _ in life.run.epochs(1):
+                for _ in life.run.batches(life.loader):
+                    if life.run.step == 9:
+                        while len(life.run.checkpoints()) < 2:
+                            time.sleep(0.01)
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+                    life.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 9 <= life.run.step <= 15
+    assert "objects" in str(caught.value) or "tmp" in str(caught.value)
+    life.run.close()
+    assert [info.step for info in life.run.checkpoints()] == [0, 5]
+    again = Counting(tmp_path / "run", checkpoint=5, keep=100, save=save)
+    again.train()
+    assert again.run.finished
+    for info in again.run.checkpoints():
+        assert values_in(info.path) == (info.step, {float(info.step)})
+
+
+def test_a_copy_of_memory_that_somebody_wrote_to_is_thrown_away_and_the_next_boundary_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Counting(tmp_path / "run", checkpoint=5, keep=100)
+    lent: set[int] = set()
+
+    def changed(owned: fence.Owned) -> bool:
+        if owned.keys:
+            lent.add(id(owned))
+        return not owned.keys
+
+    monkeypatch.setattr(fence.Owned, "unchanged", changed)
+    life.train()
+    life.run.close()
+    assert len(lent) == 1, "memory is lent no more after that"
+    saved = [info.step for info in life.run.checkpoints()]
+    missed = [step for step in range(5, 65, 5) if step not in saved]
+    assert missed == [5]
+    assert min(step for step in saved if step > 5) <= 10
+    assert b"save torn" in (tmp_path / "run" / "journal" / "000001.journal").read_bytes()
+    for info in life.run.checkpoints():
+        assert values_in(info.path) == (info.step, {float(info.step)})
+
+
+def test_a_run_that_ends_in_the_middle_of_a_save_has_it(tmp_path: Path) -> None:
+    life = Counting(tmp_path / "run", checkpoint=7, keep=100)
+    for _ in life.run.epochs(1):
+        for _ in life.run.batches(life.loader):
+            life.step()
+            if life.run.step == 7:
+                break
+        break
+    life.run.close()
+    assert values_in(tmp_path / "run") == (7, {7.0})
+
+
+def test_a_run_without_memory_for_a_copy_waits_for_each_checkpoint_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda: 1 << 20)
+    life = Counting(tmp_path / "run", checkpoint=20, keep=100, quiet=False)
+    life.train()
+    life.run.close()
+    assert capsys.readouterr().err.count("and 1.0 MB are free: the training waits for each checkpoint") == 1
+    assert [info.step for info in life.run.checkpoints() if info.phase == 0] == [0, 20, 40, 60]
+    assert values_in(tmp_path / "run") == (64, {64.0})
+
+
+def test_continuous_saves_follow_one_another_as_far_as_the_budget_allows(tmp_path: Path) -> None:
+    generous = Counting(tmp_path / "generous", elements=1000, checkpoint=Policy(continuous=1.0), keep=100)
+    generous.train()
+    mean = Counting(tmp_path / "mean", elements=1000, checkpoint=Policy(continuous=1e-9), keep=100)
+    mean.train()
+    many, few = len(generous.run.checkpoints()), len(mean.run.checkpoints())
+    assert many > few == 3, "step 0, the epoch's end and the run's"
+
+
+def test_the_cost_of_saving_is_what_stands_still_and_what_is_slower() -> None:
+    cost = Cost(now=100.0)
+    for _ in range(20):
+        cost.step(1.0, saving=False)
+    assert cost.allows(0.01, now=120.0), "nothing is known yet, so one may try"
+    cost.begin()
+    cost.stood(0.25)
+    cost.step(1.5, saving=True)
+    assert cost.spent == pytest.approx(0.75)
+    assert not cost.allows(0.01, now=200.0)
+    assert not cost.allows(0.01, now=249.0), "the next one would cost as much again"
+    assert cost.allows(0.01, now=251.0)
+
+
+@pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])
+def test_a_budget_that_is_no_part_of_the_time_is_refused(part: float) -> None:
+    with pytest.raises(errors.InvalidArgument, match="continuous"):
+        Policy(continuous=part)
+
+
+def test_a_mode_of_saving_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="save must be"):
+        unbroken.Run(tmp_path, save="later")  # type: ignore[arg-type]
