@@ -87,7 +87,7 @@ def scene(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Scene:
         ("gradients-not-restored", 16, 0, "state/optimizer/optimizer", "not-restored", "gradients"),
         ("attribute-not-restored", 16, 0, "log/loss", "not-restored", "calls"),
         ("hidden-buffer-not-restored", 16, 0, "log/loss", "not-restored", "peak"),
-        ("own-values-not-restored", 16, 0, "log/loss", "not-restored", "state"),
+        ("own-values-not-restored", 16, 0, "log/loss", "not-restored", "state/turns"),
         ("loader-not-restored", 16, 0, "position", "loader-not-restored", "position"),
         ("batch-norm-reset", 16, 0, "state/buffers/model", "batch-norm-reset", "running_"),
         ("ema-not-restored", 16, 0, "state/parameters/ema", "average-not-restored", "ema"),

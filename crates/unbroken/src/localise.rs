@@ -377,7 +377,9 @@ impl Comparison<'_> {
             let (other, other_leaf) = new[place];
             paired[place] = true;
             order.push((node, place));
-            if node.what != other.what || node.leaf != other.leaf {
+            // Of a mapping that is empty on one side, what the other side holds is named below.
+            let is_mapping = !matches!(node.what.as_str(), "list" | "tuple");
+            if node.what != other.what || (node.leaf != other.leaf && !is_mapping) {
                 let words = |state: &State, node: &Node, leaf| match state.value(leaf) {
                     Some(value) if node.leaf => value_words(value),
                     _ => node.what.clone(),
@@ -389,7 +391,7 @@ impl Comparison<'_> {
                 self.push(&node.path, Change::Value { expected, found });
                 settled = Some(&node.path);
             } else {
-                if node.leaf {
+                if node.leaf && other.leaf {
                     self.content(node, leaf, other_leaf)?;
                 }
                 if node.layout != other.layout {

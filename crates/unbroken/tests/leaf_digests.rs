@@ -252,6 +252,27 @@ fn what_is_missing_extra_or_of_another_type_is_named_once() {
 }
 
 #[test]
+fn what_a_mapping_lacks_is_named_by_its_key_also_where_it_was_all_there_was() {
+    let place = tempfile::tempdir().unwrap();
+    let (a, b) = (place.path().join("a"), place.path().join("b"));
+    let none = || dict(vec![]);
+    let turns = || dict(vec![("turns", Value::Int(3))]);
+    run_of(&a, dict(vec![("best", none()), ("state", turns())]), &[]);
+    run_of(&b, dict(vec![("best", turns()), ("state", none())]), &[]);
+    let found: Vec<(String, Change)> = compare(&a, &b)
+        .into_iter()
+        .map(|leaf| (leaf.path, leaf.change))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("state/turns".to_owned(), Change::Missing),
+            ("best/turns".to_owned(), Change::Extra),
+        ]
+    );
+}
+
+#[test]
 fn the_order_of_a_mappings_keys_is_state() {
     let place = tempfile::tempdir().unwrap();
     let (a, b) = (place.path().join("a"), place.path().join("b"));
