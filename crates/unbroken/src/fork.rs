@@ -4,10 +4,13 @@
 //! Packs are shared by hard links: either run may prune, move or delete its own names, the bytes stay for the other.
 
 use std::path::Path;
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest};
+use crate::format::saved::{Outline, Saved};
 use crate::journal::{JOURNAL, Story};
+use crate::outline::{Leaves, outline};
 use crate::run::{self, LOCK, Options, Run};
 use crate::state::Value;
 use crate::storage::Directory;
@@ -60,6 +63,7 @@ pub struct Forked {
 /// `place` is then as it was. `Unsupported` where the file system cannot link the packs; damage of the checkpoint, every
 /// byte of which is read through its new names; `Invalid` where `place` is anything but empty.
 pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forked> {
+    let begun = Instant::now();
     let from = source.directory();
     let config = run::require_config(from)?;
     if config.id != source.info().run_id {
@@ -103,7 +107,14 @@ pub fn fork(source: &Checkpoint, place: &Path, sharing: Sharing) -> Result<Forke
     forked.boundaries = record_history(&new, source, &history)?;
     forked.checkpoint = publish(&new, source, forked.written_bytes)?;
     // Through the new names: what is handed over is what is there.
-    Checkpoint::open_in(new.directory(), &forked.checkpoint)?.verify()?;
+    let checkpoint = Checkpoint::open_in(new.directory(), &forked.checkpoint)?;
+    checkpoint.verify()?;
+    record_saved(
+        &new,
+        &checkpoint,
+        known_outline(&checkpoint, source, &history)?,
+        begun,
+    )?;
     new.directory().sync_dir(JOURNAL)?;
     new.directory().sync_dir("")?;
     publish_place(staging, place)?;
@@ -254,4 +265,43 @@ fn publish(new: &Run, source: &Checkpoint, new_bytes: u64) -> Result<String> {
     directory.rename_new(&temporary, &format!("{CHECKPOINTS}/{name}"))?;
     directory.sync_dir(CHECKPOINTS)?;
     Ok(name)
+}
+
+/// Says of the first checkpoint what a run's journal says of each of its own, a digest for each leaf included.
+fn record_saved(new: &Run, checkpoint: &Checkpoint, outline: Outline, begun: Instant) -> Result<()> {
+    let info = checkpoint.info();
+    let took_us = run::micros(begun.elapsed());
+    let saved = Saved {
+        checkpoint: info.name.clone(),
+        phase: info.phase,
+        durable_us: took_us,
+        commit_us: took_us,
+        size_bytes: info.size_bytes,
+        new_bytes: info.new_bytes,
+    };
+    new.record_saved(info.step, &saved, &outline)
+}
+
+/// The outline of a checkpoint. Bytes are read only where neither storages' digests nor the source's journal tell it all.
+fn known_outline(checkpoint: &Checkpoint, source: &Checkpoint, history: &Story) -> Result<Outline> {
+    let (tree, storages) = (checkpoint.tree(), checkpoint.storages());
+    let told = outline(tree, &storages, None);
+    let mut found = told.clone();
+    if let Some(save) = history.save_of(&source.info().name)
+        && let Some(recorded) = history.outline(save)?
+    {
+        found.complete(&recorded);
+    }
+    if found.contents.iter().all(Option::is_some) {
+        return Ok(found);
+    }
+    let mut bytes = vec![Vec::new(); storages.len()];
+    for (leaf, content) in Leaves::of(tree).values.iter().zip(&told.contents) {
+        if let (Value::Tensor(tensor), None) = (leaf, content) {
+            let index = tensor.storage as usize;
+            bytes[index] = checkpoint.read(index)?;
+        }
+    }
+    let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+    Ok(outline(tree, &storages, Some(&bytes)))
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::journal::{Component, Record, SegmentHeader};
-use crate::format::saved::Saved;
+use crate::format::saved::{Outline, Saved};
 use crate::format::{FORMAT_VERSION, Flaw};
 pub use crate::journal::Difference;
 use crate::journal::{self, Boundary, JOURNAL, Journal, Story, Tail, Writer};
@@ -109,7 +109,7 @@ fn now() -> String {
     jiff::Timestamp::now().to_string()
 }
 
-fn micros(time: Duration) -> u64 {
+pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -494,6 +494,13 @@ impl Run {
             let _ = writer.saved(step, &saved, &outline, now());
         }
         Ok(checkpoint.info().clone())
+    }
+
+    /// Appends the event behind a checkpoint that was made without [`Run::commit`]. Same durability as [`Run::record`].
+    pub(crate) fn record_saved(&self, step: u64, saved: &Saved, outline: &Outline) -> Result<()> {
+        let mut pen = guard(&self.journal);
+        let (writer, _) = self.writing(&mut pen)?;
+        writer.saved(step, saved, outline, now())
     }
 
     /// Syncs the journal and returns its chain hash at a boundary: a manifest names it, so it is made durable first.

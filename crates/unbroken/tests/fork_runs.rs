@@ -10,10 +10,11 @@ use std::path::Path;
 
 use unbroken::error::Error;
 use unbroken::fork::{FORKED, Sharing, fork};
+use unbroken::format::saved::Outline;
 use unbroken::run::{self, Options, Run};
 use unbroken::state::Value;
-use unbroken::store::{Checkpoint, Retention};
-use world::{assert_exact, commit_at, components, train};
+use unbroken::store::{Checkpoint, Commit, Retention};
+use world::{assert_exact, commit_at, components, leaf, train};
 
 fn source(path: &Path, last: u64) -> Run {
     let settings = vec![("front".to_owned(), Value::Str("test".to_owned()))];
@@ -120,6 +121,61 @@ fn the_journal_of_a_fork_tells_where_it_came_from_and_what_was_before() {
     assert_ne!(first_name, old_name, "a fork's manifest is its own");
     let ancestor = Value::List(vec![Value::Str(old.id().to_owned()), Value::Str(first_name)]);
     assert_eq!(field("ancestors"), Value::List(vec![ancestor]));
+}
+
+/// A state with a view that is not its storage's bytes in order: its content is not told by the manifest.
+fn commit_transposed(run: &Run, step: u64) {
+    let Value::Tensor(mut tensor) = leaf(0, 6) else {
+        panic!("a leaf is a tensor");
+    };
+    (tensor.shape, tensor.strides) = (vec![3, 2], vec![1, 3]);
+    let tree = Value::Dict(vec![
+        (Value::Str("t".to_owned()), Value::Tensor(tensor)),
+        (Value::Str("w".to_owned()), leaf(1, 2)),
+    ]);
+    let (first, second) = ((0..24).collect::<Vec<u8>>(), [9; 8]);
+    run.record(step, 0, 0, step, components(step)).unwrap();
+    run.commit(Commit {
+        step,
+        phase: 0,
+        tree,
+        storages: vec![&first, &second],
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+    })
+    .unwrap();
+}
+
+fn outline_of(path: &Path, checkpoint: &str) -> Option<Outline> {
+    let story = run::read_story(path).unwrap();
+    let save = story.save_of(checkpoint)?;
+    story.outline(save).unwrap()
+}
+
+#[test]
+fn the_journal_of_a_fork_has_the_digests_of_its_first_checkpoints_leaves() {
+    let place = tempfile::tempdir().unwrap();
+    let [old, new, silent] = ["a", "b", "c"].map(|name| place.path().join(name));
+    let run = source(&old, 1);
+    commit_transposed(&run, 2);
+    run.close().unwrap();
+    let recorded = outline_of(&old, &at(&old, 2).info().name).unwrap();
+    let forked = fork(&at(&old, 2), &new, Sharing::Links).unwrap();
+    assert_eq!(outline_of(&new, &forked.checkpoint), Some(recorded.clone()));
+    // Where the source's journal says nothing of it, the bytes do.
+    fs::remove_dir_all(old.join("journal")).unwrap();
+    fs::create_dir(old.join("journal")).unwrap();
+    let forked = fork(&at(&old, 2), &silent, Sharing::Copies).unwrap();
+    assert_eq!(outline_of(&silent, &forked.checkpoint), Some(recorded));
+    let story = run::read_story(&silent).unwrap();
+    let saved = &story.save_of(&forked.checkpoint).unwrap().saved;
+    let info = at(&silent, 2).info().clone();
+    assert_eq!(
+        (saved.size_bytes, saved.new_bytes),
+        (info.size_bytes, info.new_bytes)
+    );
 }
 
 #[test]
