@@ -1,7 +1,9 @@
-//! The extension module `unbroken._core`: conversions, nothing clever.
+//! The extension module `unbroken._core`: values, runs and errors converted between Python and the core, and what runs
+//! once a step. Decisions are the core's; Python holds what must touch live objects.
 //!
-//! Touches: Python objects, and memory that Python lends it as (address, length in bytes). What each name promises is
-//! in `python/unbroken/_core.pyi`.
+//! Touches: Python objects, and memory that Python lends it as (address, length in bytes). Readers keep to live
+//! generators, batches and state what Python told them once, so that a step's record is made without Python code
+//! ([`step`], [`generators`], [`batch`], [`watched`]). What each name promises is in `python/unbroken/_core.pyi`.
 
 mod batch;
 mod checkpoint;
