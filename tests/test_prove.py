@@ -108,10 +108,14 @@ def test_a_script_that_forgets_something_fails_with_the_first_difference(tmp_pat
     assert (kept / "trial-1" / "runs" / "run" / "run.toml").exists()
 
 
-def test_every_run_of_a_script_gets_a_start_of_its_own(tmp_path: Path) -> None:
+def test_every_run_of_a_script_gets_a_start_and_stops_of_its_own(tmp_path: Path) -> None:
     script = write(tmp_path, TWO_RUNS)
-    proof = unbroken.testing.prove(script, kills=1, environment={"TMPDIR": str(tmp_path)})
+    proof = unbroken.testing.prove(script, kills=4, environment={"TMPDIR": str(tmp_path)})
     assert proof.exact, proof.details
+    # Trials take turns at the runs, and each is stopped in the one it is aimed at.
+    trials = {trial["trial"].rpartition(" of ")[2]: trial for trial in proof.details["trials"]}
+    assert {"`first`", "`second`"} <= trials.keys()
+    assert all(trials[run]["lives"] == 2 and not trials[run]["too_late"] for run in ("`first`", "`second`"))
     # Four steps and two ends of epochs, twice.
     assert proof.boundaries == 12
 
@@ -195,8 +199,8 @@ def test_a_proof_limited_in_time_ends_behind_an_epochs_end_if_one_comes_soon() -
     assert not is_last(3, 7, 9.9)
     assert is_last(3, 7, 10.1)
     assert not is_last(3, 1, 10.1)
-    assert not is_last(0, 500, 29.9)
-    assert is_last(0, 500, 30.1)
+    assert not is_last(0, 500, 59.9)
+    assert is_last(0, 500, 60.1)
     steps = Instructions.read({"UNBROKEN_PROVE_STEPS": "8"})
     assert [steps.is_last(step, epoch=0, position=step, elapsed_s=0.0) for step in (7, 8, 9)] == [
         False,

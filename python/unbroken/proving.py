@@ -18,9 +18,9 @@ from typing import Final
 DIRECTORY: Final = "UNBROKEN_PROVE_DIR"
 """Run directories are made in here, by the last part of their path, whatever the program says."""
 CRASH_AT: Final = "UNBROKEN_CRASH_AT"
-"""A point, and after a colon milliseconds to wait: the process kills itself, as hard as anything else could."""
+"""POINT[:MS][@RUN]: at this point of this run (of any, without) the process kills itself, as hard as anything could."""
 STOP_AT: Final = "UNBROKEN_STOP_AT"
-"""A point: the process asks itself to stop, as a scheduler would."""
+"""POINT[@RUN]: the process asks itself to stop, as a scheduler would."""
 STEPS: Final = "UNBROKEN_PROVE_STEPS"
 """The run stops after this step as on a signal."""
 SECONDS: Final = "UNBROKEN_PROVE_SECONDS"
@@ -35,7 +35,7 @@ SEED: Final = "UNBROKEN_PROVE_SEED"
 """Seed of runs that name none, so that several runs of one program can be compared."""
 
 _STEPS_BEHIND_EPOCH = 4
-_PATIENCE = 3
+_PATIENCE = 6
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Instructions:
     trace_file: Path = Path()
 
     @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Instructions:
-        """Return what the environment asks for.
+    def read(cls, environment: Mapping[str, str], run: str = "") -> Instructions:
+        """Return what the environment asks of a run, by the last part of its path.
 
         Points: `step:K` after step K is recorded, `saved:K` after its checkpoint is durable, `saving:K` while it is
         written, `work:E` when epoch E's loop is over, `epoch:E` when its after-work is.
         """
-        crash, delay = environment.get(CRASH_AT, ""), 0.0
+        crash, delay = _point(environment.get(CRASH_AT, ""), run), 0.0
         parts = crash.split(":")
         if len(parts) == 3:
             crash, delay = ":".join(parts[:2]), float(parts[2]) / 1000
@@ -73,7 +73,7 @@ class Instructions:
             directory=Path(directory) if directory else None,
             crash_at=crash,
             crash_delay_s=delay,
-            stop_at=environment.get(STOP_AT, ""),
+            stop_at=_point(environment.get(STOP_AT, ""), run),
             steps=int(steps) if steps else None,
             seconds=float(seconds) if seconds else None,
             save=frozenset(filter(None, environment.get(SAVE, "").split(","))),
@@ -117,6 +117,11 @@ class Instructions:
             threading.Thread(target=_die_after, args=(self.crash_delay_s,), daemon=True).start()
         else:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _point(text: str, run: str) -> str:
+    point, _, meant = text.partition("@")
+    return point if meant in ("", run) else ""
 
 
 def _die_after(seconds: float) -> None:

@@ -189,7 +189,7 @@ class Run:
     ) -> None:
         if data not in ("native", "keyed"):
             raise InvalidArgument(f"data must be 'native' or 'keyed', got {data!r}")
-        self._proof = proof = Instructions.read(os.environ)
+        self._proof = proof = Instructions.read(os.environ, Path(path).name)
         self._is_proof = proof != Instructions()
         if proof.directory is not None:
             # What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.

@@ -18,20 +18,21 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::{Value as Json, json};
 use unbroken::localise::change_words;
+use unbroken::store::Checkpoint;
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::words::{count, line, table};
 use judge::{Difference, Recorded, boundary_words};
 use life::{End, Interrupt, Life, Program, Written, last_words};
-use plan::{Course, Stop, Trial};
+use plan::{Course, Point, Stop, Trial};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The program must use unbroken.Run; it is run as it is. Its runs are written to directories of the
 trials' own, other files that it writes are its own matter: with --jobs 1 no two of its processes
-run at once.")]
+run at once. If it makes several runs, trials aim at each in turn.")]
 pub(crate) struct Prove {
-    /// Prove this many steps; by default ten seconds' worth, or to an epoch's end
+    /// Prove this many steps; by default five seconds' worth, or to an epoch's end
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<u64>,
     /// Prove all steps, however long it takes
@@ -191,20 +192,47 @@ struct Proof {
 }
 
 /// How long the uninterrupted run trains unless more is asked for, in seconds. With eight stops the whole proof takes
-/// about ten times as long on two processors.
-const SECONDS: f64 = 10.0;
+/// about ten times as long on two processors, and as long again to start a Python program seventeen times.
+const SECONDS: f64 = 5.0;
 
 struct Report {
     /// Boundaries of the uninterrupted run, over all runs that the program makes.
     boundaries: usize,
-    /// The last step that was looked at, where the program would have gone on.
-    cut_at: Option<u64>,
+    /// How far was looked, where the program would have gone on.
+    cut: Option<Cut>,
     /// Whether the two uninterrupted runs agree.
     deterministic: bool,
     trials: Vec<Done>,
     /// The first difference, looked at closely, and of which trial.
     difference: Option<(String, Difference)>,
     elapsed: Duration,
+}
+
+/// The part of a program that was looked at.
+struct Cut {
+    /// Its last step.
+    step: u64,
+    /// How many epochs ended in it.
+    epochs: usize,
+    /// How many checkpoints were saved in it, between the first and the last.
+    saves: usize,
+}
+
+impl Cut {
+    /// For people: `up to step 115, with 2 ends of epochs and 6 saves on the way`.
+    fn words(&self) -> String {
+        let of = |number: usize, one: &str, more: &str| match number {
+            0 => format!("no {one}"),
+            1 => format!("1 {one}"),
+            _ => format!("{number} {more}"),
+        };
+        format!(
+            "up to step {}, with {} and {} on the way",
+            self.step,
+            of(self.epochs, "end of an epoch", "ends of epochs"),
+            of(self.saves, "save", "saves")
+        )
+    }
 }
 
 impl Proof {
@@ -216,27 +244,22 @@ impl Proof {
         self.progress.say("running the program uninterrupted");
         let (outcome, reference) = self.uninterrupted(limit)?;
         let boundaries: usize = reference.iter().map(|run| run.totals.boundaries).sum();
-        let Some(first) = reference.first().filter(|_| boundaries > 0) else {
+        if boundaries == 0 {
             return Err(self.no_steps());
-        };
+        }
         let trained: Duration = outcome.lives.iter().map(|life| life.trained).sum();
         self.program.step = trained / u32::try_from(boundaries).unwrap_or(u32::MAX);
         self.program.journal_bytes = Written::in_runs(&outcome.directory.join("runs")).bytes;
         self.program.timeout = Some(started.elapsed() * 20 + Duration::from_secs(60));
-        let saves = first
-            .overview
-            .checkpoints
-            .iter()
-            .map(|checkpoint| checkpoint.info());
-        let saves = saves.filter(|info| info.phase == 0).map(|info| info.step);
-        let trials = plan::plan(
-            &Course::new(first.totals.last, first.totals.epochs.clone(), saves),
-            kills,
-            seed,
-        );
+        let courses: Vec<Course> = reference.iter().map(|run| course(run, reference.len())).collect();
+        let trials = plan::plan(&courses, kills, seed);
         let mut report = Report {
             boundaries,
-            cut_at: limit.and(self.program.steps),
+            cut: limit.and(self.program.steps).map(|step| Cut {
+                step,
+                epochs: courses.iter().map(|course| course.epochs.len()).sum(),
+                saves: courses.iter().map(|course| course.saves.len()).sum(),
+            }),
             deterministic: true,
             trials: Vec::new(),
             difference: None,
@@ -261,7 +284,7 @@ impl Proof {
             });
         if let Some((done, trial, difference)) = differs {
             let repeat = Trial {
-                stops: self.repeatable(&done.directory, trial, &difference.run)?,
+                stops: self.repeatable(&done.directory, trial, &difference.run, reference.len())?,
             };
             let closer = self.look_closer(difference, &repeat)?;
             report.difference = Some((done.words.clone(), closer));
@@ -394,10 +417,7 @@ impl Proof {
 
     /// Runs the program until a run has saved its step 0; says whether one did.
     fn live_to_next_start(&self, directory: &Path, number: usize) -> Result<bool, Failure> {
-        let stop = Stop::KillAt {
-            point: "saved:0".to_owned(),
-            delay_ms: 0.0,
-        };
+        let stop = Stop::kill_at(Point::new("saved", 0, None));
         let life = self
             .program
             .live(directory, number, Some(&stop), "")
@@ -519,7 +539,13 @@ impl Proof {
     }
 
     /// Stops that lead to the same resumes as those of a trial did, without chance.
-    fn repeatable(&self, directory: &Path, trial: &Trial, run: &str) -> Result<Vec<Stop>, Failure> {
+    fn repeatable(
+        &self,
+        directory: &Path,
+        trial: &Trial,
+        run: &str,
+        runs: usize,
+    ) -> Result<Vec<Stop>, Failure> {
         if trial.stops.iter().all(|stop| matches!(stop, Stop::TermAt { .. })) {
             return Ok(trial.stops.clone());
         }
@@ -538,10 +564,8 @@ impl Proof {
                 .map_or(life.step, |(last, _)| *last);
             // A life dies at a step before it saves it: the next one starts from what was saved before.
             let step = if last > next.step { last } else { next.step + 1 };
-            stops.push(Stop::KillAt {
-                point: format!("step:{step}"),
-                delay_ms: 0.0,
-            });
+            let of_run = (runs > 1).then(|| run.to_owned());
+            stops.push(Stop::kill_at(Point::new("step", step, of_run)));
         }
         Ok(stops)
     }
@@ -590,6 +614,18 @@ impl Proof {
 const START: &str = "start";
 /// The directory of what all trials are compared with.
 const UNINTERRUPTED: &str = "uninterrupted";
+
+/// What an uninterrupted run did, as far as plans need it.
+fn course(run: &Recorded, runs: usize) -> Course {
+    let infos = run.overview.checkpoints.iter().map(Checkpoint::info);
+    let saves = infos.filter(|info| info.phase == 0).map(|info| info.step);
+    Course::new(
+        (runs > 1).then(|| run.name.clone()),
+        run.totals.last,
+        run.totals.epochs.clone(),
+        saves,
+    )
+}
 
 /// Names of the runs in a directory.
 fn run_names(runs: &Path) -> io::Result<BTreeSet<OsString>> {
@@ -671,8 +707,8 @@ impl Report {
                 self.trials.len()
             );
         }
-        let course = match self.cut_at {
-            Some(step) => format!(" up to step {step} (`--all` goes on to the end)"),
+        let course = match &self.cut {
+            Some(cut) => format!(" {} (`--all` goes on to the end)", cut.words()),
             None => String::new(),
         };
         format!(
@@ -760,7 +796,7 @@ impl Report {
             "deterministic": self.deterministic,
             "verdict": self.verdict(),
             "boundaries": self.boundaries,
-            "cut_at": self.cut_at,
+            "cut_at": self.cut.as_ref().map(|cut| cut.step),
             "stops": self.stops(),
             "trials": trials,
             "difference": self.difference.as_ref().map(|(trial, difference)| difference_json(trial, difference)),

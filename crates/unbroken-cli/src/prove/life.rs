@@ -183,14 +183,14 @@ impl Program {
             command.env("UNBROKEN_PROVE_SECONDS", seconds.to_string());
         }
         match stop {
-            Some(Stop::KillAt { point, delay_ms }) if *delay_ms > 0.0 => {
-                command.env("UNBROKEN_CRASH_AT", format!("{point}:{delay_ms:.3}"));
+            Some(Stop::KillAt { at, delay_ms }) if *delay_ms > 0.0 => {
+                command.env("UNBROKEN_CRASH_AT", at.variable(&format!(":{delay_ms:.3}")));
             }
-            Some(Stop::KillAt { point, .. }) => {
-                command.env("UNBROKEN_CRASH_AT", point);
+            Some(Stop::KillAt { at, .. }) => {
+                command.env("UNBROKEN_CRASH_AT", at.variable(""));
             }
-            Some(Stop::TermAt { point }) => {
-                command.env("UNBROKEN_STOP_AT", point);
+            Some(Stop::TermAt { at }) => {
+                command.env("UNBROKEN_STOP_AT", at.variable(""));
             }
             Some(Stop::KillAfter { .. }) | None => {}
         }

@@ -5,33 +5,61 @@
 /// One interruption of one life.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Stop {
-    /// `kill -9` when the program reaches a point (see python/unbroken/proving.py), after so many milliseconds there.
-    KillAt { point: String, delay_ms: f64 },
+    /// `kill -9` when the program reaches a point, after so many milliseconds there.
+    KillAt { at: Point, delay_ms: f64 },
     /// SIGTERM when the program reaches a point.
-    TermAt { point: String },
+    TermAt { at: Point },
     /// `kill -9` from outside, after this part of the uninterrupted run, and this part of a step's time later.
     KillAfter { fraction: f64, jitter: f64 },
 }
 
 impl Stop {
+    /// `kill -9` right at a point.
+    pub(crate) fn kill_at(at: Point) -> Stop {
+        Stop::KillAt { at, delay_ms: 0.0 }
+    }
+
     /// For people: `kill -9 at step 17`.
     pub(crate) fn words(&self) -> String {
         match self {
-            Stop::KillAt { point, .. } => format!("kill -9 {}", point_words(point)),
-            Stop::TermAt { point } => format!("SIGTERM {}", point_words(point)),
+            Stop::KillAt { at, .. } => format!("kill -9 {}", at.words()),
+            Stop::TermAt { at } => format!("SIGTERM {}", at.words()),
             Stop::KillAfter { .. } => "kill -9 at a random instant".to_owned(),
         }
     }
 }
 
-fn point_words(point: &str) -> String {
-    let (kind, number) = point.split_once(':').unwrap_or((point, ""));
-    match kind {
-        "saved" => format!("after the save at step {number}"),
-        "saving" => format!("during the save at step {number}"),
-        "work" => format!("in the work after epoch {number}"),
-        "epoch" => format!("at the end of epoch {number}"),
-        _ => format!("at step {number}"),
+/// A place in the course of a run that the program itself notices (see python/unbroken/proving.py).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Point {
+    kind: &'static str,
+    number: u64,
+    /// The run that is meant, where the program makes several.
+    run: Option<String>,
+}
+
+impl Point {
+    pub(crate) fn new(kind: &'static str, number: u64, run: Option<String>) -> Point {
+        Point { kind, number, run }
+    }
+
+    /// As the program reads it: KIND:NUMBER, then `more`, then @RUN.
+    pub(crate) fn variable(&self, more: &str) -> String {
+        let run = self.run.as_ref().map_or(String::new(), |run| format!("@{run}"));
+        format!("{}:{}{more}{run}", self.kind, self.number)
+    }
+
+    fn words(&self) -> String {
+        let number = self.number;
+        let place = match self.kind {
+            "saving" => format!("during the save at step {number}"),
+            "work" => format!("in the work after epoch {number}"),
+            _ => format!("at step {number}"),
+        };
+        match &self.run {
+            Some(run) => format!("{place} of `{run}`"),
+            None => place,
+        }
     }
 }
 
@@ -59,6 +87,8 @@ impl Trial {
 /// What the uninterrupted run did, as far as plans need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Course {
+    /// The run's name, where there are several.
+    pub(crate) run: Option<String>,
     /// Its last step.
     pub(crate) last: u64,
     /// Steps at which it saved, without the first and the last.
@@ -68,9 +98,15 @@ pub(crate) struct Course {
 }
 
 impl Course {
-    pub(crate) fn new(last: u64, epochs: Vec<(u64, u64)>, saves: impl IntoIterator<Item = u64>) -> Course {
+    pub(crate) fn new(
+        run: Option<String>,
+        last: u64,
+        epochs: Vec<(u64, u64)>,
+        saves: impl IntoIterator<Item = u64>,
+    ) -> Course {
         let saves = saves.into_iter().filter(|step| (1..last).contains(step));
         Course {
+            run,
             last,
             saves: saves.collect(),
             epochs,
@@ -78,13 +114,16 @@ impl Course {
     }
 }
 
-/// Returns trials with `kills` stops in all: one of each sort by itself first, then several in one run.
-pub(crate) fn plan(course: &Course, kills: usize, seed: u64) -> Vec<Trial> {
+/// Returns trials with `kills` stops in all: one of each sort by itself first, then several in one run. Where the program
+/// makes several runs, trials take turns at them.
+pub(crate) fn plan(courses: &[Course], kills: usize, seed: u64) -> Vec<Trial> {
+    let courses: Vec<&Course> = courses.iter().filter(|course| course.last > 0).collect();
     let mut random = Random(seed);
     let mut trials = Vec::new();
     let mut left = kills;
     let mut sort = 0;
-    while left > 0 && course.last > 0 {
+    while left > 0 && !courses.is_empty() {
+        let course = courses[trials.len() % courses.len()];
         let single = trials.len() < SORTS;
         let count = if single { 1 } else { left.min(3) };
         let mut stops: Vec<Stop> = (0..count)
@@ -106,12 +145,8 @@ const SORTS: usize = 5;
 fn one(course: &Course, sort: usize, random: &mut Random) -> Stop {
     // The last step of all is of no use: what is killed there has nothing left to do.
     let step = 1 + random.below(course.last.max(2) - 1);
-    let at_step = |step| Stop::KillAt {
-        point: format!("step:{step}"),
-        delay_ms: 0.0,
-    };
+    let point = |kind, number| Point::new(kind, number, course.run.clone());
     match sort % SORTS {
-        0 => at_step(step),
         1 => Stop::KillAfter {
             fraction: 0.05 + 0.85 * random.part(),
             jitter: random.part(),
@@ -119,21 +154,21 @@ fn one(course: &Course, sort: usize, random: &mut Random) -> Stop {
         2 if !course.saves.is_empty() => {
             let save = course.saves[random.below(course.saves.len() as u64) as usize];
             Stop::KillAt {
-                point: format!("saving:{save}"),
+                at: point("saving", save),
                 delay_ms: 0.01 + 4.0 * random.part().powi(2),
             }
         }
         3 if !course.epochs.is_empty() => {
             let (epoch, _) = course.epochs[random.below(course.epochs.len() as u64) as usize];
             Stop::KillAt {
-                point: format!("work:{epoch}"),
+                at: point("work", epoch),
                 delay_ms: 0.01 + 2.0 * random.part(),
             }
         }
         4 => Stop::TermAt {
-            point: format!("step:{step}"),
+            at: point("step", step),
         },
-        _ => at_step(step),
+        _ => Stop::kill_at(point("step", step)),
     }
 }
 
@@ -141,18 +176,14 @@ fn one(course: &Course, sort: usize, random: &mut Random) -> Stop {
 fn reached_at(course: &Course, stop: &Stop) -> u64 {
     match stop {
         Stop::KillAfter { fraction, .. } => (fraction * course.last as f64) as u64,
-        Stop::KillAt { point, .. } | Stop::TermAt { point } => {
-            let (kind, number) = point.split_once(':').unwrap_or((point, "0"));
-            let number = number.parse().unwrap_or(0);
-            match kind {
-                "work" | "epoch" => course
-                    .epochs
-                    .iter()
-                    .find(|(epoch, _)| *epoch == number)
-                    .map_or(course.last, |(_, step)| *step),
-                _ => number,
-            }
-        }
+        Stop::KillAt { at, .. } | Stop::TermAt { at } => match at.kind {
+            "work" => course
+                .epochs
+                .iter()
+                .find(|(epoch, _)| *epoch == at.number)
+                .map_or(course.last, |(_, step)| *step),
+            _ => at.number,
+        },
     }
 }
 
@@ -186,6 +217,7 @@ mod tests {
 
     fn course() -> Course {
         Course {
+            run: None,
             last: 100,
             saves: vec![20, 40, 60, 80],
             epochs: vec![(0, 50), (1, 100)],
@@ -195,16 +227,16 @@ mod tests {
     #[test]
     fn a_plan_is_a_function_of_its_seed_and_has_as_many_stops_as_asked() {
         for kills in 0..12 {
-            let trials = plan(&course(), kills, 3);
-            assert_eq!(trials, plan(&course(), kills, 3));
+            let trials = plan(&[course()], kills, 3);
+            assert_eq!(trials, plan(&[course()], kills, 3));
             assert_eq!(trials.iter().map(|trial| trial.stops.len()).sum::<usize>(), kills);
         }
-        assert_ne!(plan(&course(), 8, 3), plan(&course(), 8, 4));
+        assert_ne!(plan(&[course()], 8, 3), plan(&[course()], 8, 4));
     }
 
     #[test]
     fn every_sort_of_stop_comes_first_by_itself() {
-        let words: Vec<String> = plan(&course(), 5, 1).iter().map(Trial::words).collect();
+        let words: Vec<String> = plan(&[course()], 5, 1).iter().map(Trial::words).collect();
         for (words, start) in words.iter().zip([
             "kill -9 at step",
             "kill -9 at a random instant",
@@ -219,11 +251,12 @@ mod tests {
     #[test]
     fn a_run_without_saves_and_epochs_is_killed_at_steps_instead() {
         let course = Course {
+            run: None,
             last: 2,
             saves: vec![],
             epochs: vec![],
         };
-        for trial in plan(&course, 8, 1) {
+        for trial in plan(std::slice::from_ref(&course), 8, 1) {
             for stop in trial.stops {
                 assert!(
                     !stop.words().contains("save") && !stop.words().contains("work"),
@@ -231,13 +264,38 @@ mod tests {
                 );
             }
         }
-        assert!(plan(&Course { last: 0, ..course }, 8, 1).is_empty());
+        assert!(plan(&[Course { last: 0, ..course }], 8, 1).is_empty());
+    }
+
+    #[test]
+    fn trials_take_turns_at_several_runs_and_each_stays_with_its_own() {
+        let named = |name: &str| Course {
+            run: Some(name.to_owned()),
+            ..course()
+        };
+        let trials = plan(&[named("first"), named("second")], 8, 1);
+        for (index, trial) in trials.iter().enumerate() {
+            for stop in &trial.stops {
+                if let Stop::KillAt { at, .. } | Stop::TermAt { at } = stop {
+                    assert_eq!(
+                        at.run.as_deref(),
+                        Some(["first", "second"][index % 2]),
+                        "{trial:?}"
+                    );
+                }
+            }
+        }
+        let Stop::KillAt { at, .. } = &trials[0].stops[0] else {
+            panic!("the first trial is a kill at a step");
+        };
+        assert_eq!(at.variable(":2.500"), format!("step:{}:2.500@first", at.number));
+        assert!(trials[0].words().ends_with(" of `first`"));
     }
 
     #[test]
     fn stops_of_one_run_come_in_the_order_in_which_they_are_reached() {
         for seed in 0..20 {
-            for trial in plan(&course(), 11, seed) {
+            for trial in plan(&[course()], 11, seed) {
                 let places: Vec<u64> = trial
                     .stops
                     .iter()

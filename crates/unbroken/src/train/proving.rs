@@ -4,6 +4,7 @@
 //! the variables nothing here does anything. The Python front reads the same ones (`unbroken/proving.py`).
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,11 +34,11 @@ pub(super) struct Instructions {
 }
 
 impl Instructions {
-    /// What the environment asks for; `variable` looks one up.
+    /// What the environment asks of a run, by the last part of its path; `variable` looks one up.
     ///
     /// Points: `step:K` after step K is recorded, `saved:K` after its checkpoint is durable, `saving:K` while it is
     /// written, `work:E` when epoch E's loop is over, `epoch:E` when its after-work is.
-    pub(super) fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Instructions> {
+    pub(super) fn read(run: &Path, variable: impl Fn(&str) -> Option<String>) -> Result<Instructions> {
         let text = |name: &str| variable(name).unwrap_or_default();
         let number = |name: &str| {
             let text = text(name);
@@ -48,7 +49,16 @@ impl Instructions {
             };
             parsed.map_err(|_| Error::invalid(format!("{name} is `{text}`, not a number")))
         };
-        let mut crash_at = text("UNBROKEN_CRASH_AT");
+        // POINT@RUN is meant for that run alone.
+        let point = |name: &str| {
+            let text = text(name);
+            match text.split_once('@') {
+                Some((_, meant)) if run.file_name() != Some(OsStr::new(meant)) => String::new(),
+                Some((point, _)) => point.to_owned(),
+                None => text,
+            }
+        };
+        let mut crash_at = point("UNBROKEN_CRASH_AT");
         let mut crash_delay = Duration::ZERO;
         if let Some((point, milliseconds)) =
             crash_at.rsplit_once(':').filter(|(point, _)| point.contains(':'))
@@ -67,7 +77,7 @@ impl Instructions {
             directory: (!directory.is_empty()).then(|| PathBuf::from(directory)),
             crash_at,
             crash_delay,
-            stop_at: text("UNBROKEN_STOP_AT"),
+            stop_at: point("UNBROKEN_STOP_AT"),
             steps: number("UNBROKEN_PROVE_STEPS")?,
             save: save
                 .split(',')
@@ -134,7 +144,7 @@ mod tests {
                 .find(|(key, _)| *key == name)
                 .map(|(_, value)| (*value).to_owned())
         };
-        Instructions::read(find)
+        Instructions::read(Path::new("runs/a"), find)
     }
 
     #[test]
@@ -161,6 +171,20 @@ mod tests {
         );
         assert_eq!(asked.steps, Some(60));
         assert!(asked.saves(40, 0) && !asked.saves(40, 1) && asked.saves_restored());
+    }
+
+    #[test]
+    fn a_point_of_another_run_is_not_this_ones() {
+        let of = |run: &str| {
+            let (crash, stop) = (format!("step:7:0.5@{run}"), format!("step:9@{run}"));
+            read(&[("UNBROKEN_CRASH_AT", &crash), ("UNBROKEN_STOP_AT", &stop)]).unwrap()
+        };
+        let (this, other) = (of("a"), of("b"));
+        assert_eq!(
+            (this.crash_at.as_str(), this.stop_at.as_str()),
+            ("step:7", "step:9")
+        );
+        assert_eq!(other, Instructions::default());
     }
 
     #[test]

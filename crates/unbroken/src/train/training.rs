@@ -181,7 +181,7 @@ impl Options {
                     .map(str::to_owned),
             );
         }
-        let proof = Instructions::read(|name| std::env::var(name).ok())?;
+        let proof = Instructions::read(&self.path, |name| std::env::var(name).ok())?;
         if proof.directory.is_some() {
             // What is compared needs every byte and every checkpoint, and goes on at a difference to show its extent.
             if !proof.own_journal {
