@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import dataclasses
 import fnmatch
+import gc
 import os
 import shutil
 import time
@@ -1015,6 +1016,10 @@ class Run:
         """Save this boundary: see `Saves.save`."""
         if self._on_trial(phase):
             return
+        with _collector_paused():
+            self._commit_now(phase, wait=wait, required=required)
+
+    def _commit_now(self, phase: int, *, wait: bool, required: bool) -> None:
         captured = snapshot.capture(self._objects, values={"state": dict(self.state)})
         tree = {
             "run": self._place.lowered(),
@@ -1098,6 +1103,18 @@ class Run:
     def _at_exit(self) -> None:
         self._say_incomplete(failed=False)
         self.close()
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Put off Python's collection of cycles: a tree of thousands of leaves would set it off while training waits."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _text(value: Any) -> str:

@@ -173,6 +173,12 @@ class Capture:
 
     def lower(self, value: Any, path: str) -> Value:
         """Return any value lowered; objects of the user's own types by their attributes."""
+        kind = type(value)
+        # What thousands of are met, on a way of their own: neither can contain anything.
+        if kind is torch.Tensor:
+            return self._extend(value, path)
+        if kind is str and value.isascii():
+            return value
         return values.lower(value, path=path, extend=self._extend)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:

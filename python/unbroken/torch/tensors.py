@@ -56,6 +56,16 @@ _CONSTANTS: dict[str, Any] = {
 }
 
 
+_CPU = torch.device("cpu")
+_PARAMETER = values.type_name(Parameter)
+_USUAL_DTYPES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (
+        *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        *(torch.int64, torch.int32, torch.uint8, torch.bool),
+    )
+}
+
 _Key = tuple[str, int, int]
 """What tells one storage from another: device, address, length in bytes."""
 
@@ -127,7 +137,7 @@ class Storages:
         attrs: dict[str, Value] = {}
         kind = type(tensor)
         if kind is Parameter:
-            attrs["class"] = values.type_name(Parameter)
+            attrs["class"] = _PARAMETER
         elif kind is not torch.Tensor:
             special = self._lower_subclass(tensor, path, attrs)
             if special is not None:
@@ -136,7 +146,40 @@ class Storages:
             attrs["requires_grad"] = True
         if flags is not None:
             attrs = dict(flags)
+        if kind is Parameter or kind is torch.Tensor:
+            leaf = self._lower_usual(tensor, attrs)
+            if leaf is not None:
+                return leaf
         return self._lower_layout(tensor.detach(), path, attrs)
+
+    def _lower_usual(self, tensor: torch.Tensor, attrs: dict[str, Value]) -> Leaf | None:
+        """Return the leaf of a tensor that is all of its storage, as nearly every one is; None for any other.
+
+        It is what the long way gives; a model has thousands of tensors, and training stands still meanwhile.
+        """
+        name = _USUAL_DTYPES.get(tensor.dtype)
+        if name is None or self._own_copies or tensor.layout is not torch.strided or tensor.device != _CPU:
+            return None
+        storage = tensor.untyped_storage()
+        address, length = storage.data_ptr(), storage.nbytes()
+        if tensor.nbytes != length or length == 0 or not tensor.is_contiguous() or tensor.is_neg():
+            return None
+        key = ("cpu", address, length)
+        index = self._index.get(key)
+        if index is None:
+            if key in self._compact:
+                return None
+            self._index[key] = index = self._add_region(address, length, private=False)
+            self._kept.append(storage)
+        return Leaf(
+            dtype=name,
+            shape=tuple(tensor.shape),
+            strides=tensor.stride(),
+            offset=0,
+            storage=index,
+            device="cpu",
+            attrs=attrs if len(attrs) < 2 else dict(sorted(attrs.items())),
+        )
 
     def _lower_subclass(self, tensor: torch.Tensor, path: str, attrs: dict[str, Value]) -> Object | None:
         kind = type(tensor)
