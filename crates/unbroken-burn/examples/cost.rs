@@ -5,18 +5,29 @@
 //! Recorded steps and steps of a twin that nobody records take turns, so that both see the same machine. Prints, for each
 //! level of the journal, microseconds of the training thread's own CPU time, mean and median: what `next_step` and `commit`
 //! take in steps that save nothing, more than the twin's loader takes for the same batch; the steps that save; and the
-//! step's own work beside its twin's. Then, on Linux, the memory that a save takes at its peak, in copies of the state.
+//! step's own work beside its twin's. Then, on Linux, the memory that a save takes at its peak, in copies of the state, in
+//! a loop of one's own and under Burn's Learner.
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use burn::data::dataloader::batcher::Batcher;
 use burn::module::Module;
 use burn::nn::{BatchNorm, BatchNormConfig, Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::optim::AdamWConfig;
 use burn::tensor::activation::relu;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, ExecutionError, Tensor};
+use burn::train::metric::ItemLazy;
+use burn::train::{InferenceStep, SupervisedTraining, TrainOutput, TrainStep};
 use unbroken::Result;
-use unbroken::train::{Failure, Level, Loader, Policy, Sample, Source, Training};
-use unbroken_burn::{DeviceGenerator, Trained};
+use unbroken::train::{
+    Failure, Level, Loader, Options, Policy, Sample, Source, StateReader, StateWriter, Training,
+};
+use unbroken_burn::learner::{Exact, Output};
+use unbroken_burn::{DeviceGenerator, ExactLoader, Trained};
 
 const BATCH: u64 = 128;
 const INPUTS: usize = 64;
@@ -99,14 +110,13 @@ fn train(trained: &mut Trained<Net>, batch: &[Vec<f32>], device: &Device) -> f32
     number
 }
 
-fn measure(width: usize, steps: u64, level: Level) -> Result<()> {
+fn measure(width: usize, steps: u64, level: Level, directory: &Path) -> Result<()> {
     let device = Device::flex().autodiff();
-    let directory = std::env::temp_dir().join(format!("unbroken-cost-{}-{level:?}", std::process::id()));
     let fresh = || Trained::new(Net::new(width, 1, &device), AdamWConfig::new().init(), 1e-3);
     let (mut trained, mut twin) = (fresh(), fresh());
     let mut loader = Loader::new(Noise(steps), BATCH).shuffled().workers(1).ahead(8);
     let mut batches = loader.pass(1, 0, 0)?;
-    let mut training = Training::at(&directory)
+    let mut training = Training::at(directory)
         .seed(1)
         .policy(Policy::every_steps(64).not_at_epoch_ends())
         .journal(level)
@@ -144,62 +154,182 @@ fn measure(width: usize, steps: u64, level: Level) -> Result<()> {
         words(own),
         words(alone)
     );
-    drop(training);
-    std::fs::remove_dir_all(&directory)
-        .map_err(|error| unbroken::Error::io("remove the run", &directory, error))
+    Ok(())
 }
 
-/// A line of /proc/self/status, in bytes.
-fn status(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find(|line| line.starts_with(name))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+/// A line of /proc/self/status, in bytes. Elsewhere than on Linux there is none.
+fn status(name: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with(name));
+    let number = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    number.unwrap_or(0) * 1024
+}
+
+/// Memory of this process when it was last looked at.
+static BEFORE: AtomicU64 = AtomicU64::new(0);
+
+/// Looks at the memory in use; the peak counts from here.
+fn look() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    BEFORE.store(status("VmRSS:"), Ordering::Relaxed);
+}
+
+/// Says what was used more at the peak since then, in copies of the state: weights and two moments of each.
+fn say_peak(of: &str, net: &Net) {
+    let state = 3 * 4 * net.num_params() as u64;
+    let more = status("VmHWM:").saturating_sub(BEFORE.load(Ordering::Relaxed));
+    println!(
+        "{of}: a save of {} MiB takes {} MiB at its peak, {:.2} of the state",
+        state >> 20,
+        more >> 20,
+        more as f64 / state as f64
+    );
+}
+
+/// The step that is saved, of five.
+const SAVED: u64 = 4;
+
+fn saving(directory: &Path) -> Options {
+    Training::at(directory)
+        .seed(1)
+        .policy(Policy::every_steps(SAVED).not_at_epoch_ends())
 }
 
 /// What a save takes more than the training itself, at its peak, of a net of several layers.
-fn memory(width: usize) -> Result<()> {
+fn memory(width: usize, directory: &Path) -> Result<()> {
     let device = Device::flex().autodiff();
-    let directory = std::env::temp_dir().join(format!("unbroken-cost-{}-memory", std::process::id()));
     let mut trained = Trained::new(Net::new(width, 8, &device), AdamWConfig::new().init(), 1e-3);
-    let mut loader = Loader::new(Noise(4), BATCH);
-    let mut training = Training::at(&directory)
-        .seed(1)
-        .policy(Policy::every_steps(4).not_at_epoch_ends())
+    let mut loader = Loader::new(Noise(SAVED + 1), BATCH);
+    let mut training = saving(directory)
         .generator("device", DeviceGenerator::new(&device))
         .start(&mut trained)?;
-    // Weights and two moments of each.
-    let state = 3 * 4 * trained.model.num_params() as u64;
     training.next_epoch(&mut trained)?;
     while let Some(mut step) = training.next_step(&mut loader)? {
         train(&mut trained, &step.take(), &device);
-        // The peak from here on; elsewhere than on Linux there is nothing to write to.
-        let _ = std::fs::write("/proc/self/clear_refs", "5");
-        let (before, saves) = (status("VmRSS:"), step.number() == 4);
+        let saves = step.number() == SAVED;
+        look();
         step.commit(&mut trained)?;
-        if let (true, Some(before), Some(peak)) = (saves, before, status("VmHWM:")) {
-            let more = peak.saturating_sub(before) as f64;
-            println!(
-                "a save of {} MiB takes {:.0} MiB at its peak: {:.2} of the state",
-                state >> 20,
-                more / (1 << 20) as f64,
-                more / state as f64
-            );
+        if saves {
+            say_peak("a loop of one's own", &trained.model);
         }
     }
-    drop(training);
+    Ok(())
+}
+
+/// What Burn's metrics are told of a step: nothing but its loss.
+struct Loss(f32);
+
+impl ItemLazy for Loss {
+    fn sync(self) -> std::result::Result<Loss, ExecutionError> {
+        Ok(self)
+    }
+}
+
+impl Output for Loss {
+    fn kept(&self) -> Loss {
+        Loss(self.0)
+    }
+
+    /// Asked for right before the step is recorded and saved.
+    fn numbers(&self) -> Vec<(&'static str, f64)> {
+        look();
+        vec![("loss", self.0.into())]
+    }
+
+    fn write(&self, out: &mut StateWriter<'_>) -> Result<()> {
+        out.value("loss", f64::from(self.0))
+    }
+
+    fn read(from: &mut StateReader<'_>, _device: &Device) -> Result<Loss> {
+        Ok(Loss(from.float("loss")? as f32))
+    }
+}
+
+impl TrainStep for Net {
+    type Input = Vec<Vec<f32>>;
+    type Output = Loss;
+
+    fn step(&self, batch: Vec<Vec<f32>>) -> TrainOutput<Loss> {
+        static STEPS: AtomicU64 = AtomicU64::new(0);
+        if STEPS.fetch_add(1, Ordering::Relaxed) == SAVED {
+            say_peak("under the Learner", self);
+        }
+        let device = self.first.weight.device();
+        let input = Tensor::<1>::from_floats(batch.concat().as_slice(), &device);
+        let loss = self.loss(input.reshape([batch.len(), INPUTS]));
+        let number = loss.clone().into_scalar::<f32>();
+        TrainOutput::new(self, loss.backward(), Loss(number))
+    }
+}
+
+impl InferenceStep for Net {
+    type Input = Vec<Vec<f32>>;
+    type Output = Loss;
+
+    fn step(&self, _batch: Vec<Vec<f32>>) -> Loss {
+        Loss(0.0)
+    }
+}
+
+struct Rows;
+
+impl Batcher<Vec<f32>, Vec<Vec<f32>>> for Rows {
+    fn batch(&self, items: Vec<Vec<f32>>, _device: &Device) -> Vec<Vec<f32>> {
+        items
+    }
+}
+
+/// The same under Burn's Learner.
+fn memory_under_learner(width: usize, directory: &Path) -> Result<()> {
+    let device = Device::flex().autodiff();
+    let loader = || ExactLoader::new(Noise(SAVED + 1), Rows, BATCH, &device, |loader| loader);
+    let exact = Exact::<Net>::new(saving(directory), &device, loader().loader());
+    SupervisedTraining::new(directory.join("metrics"), Arc::new(loader()), Arc::new(loader()))
+        .with_application_logger(None)
+        .num_epochs(1)
+        .with_training_strategy(exact.strategy())
+        .launch(exact.learner(Net::new(width, 8, &device), AdamWConfig::new().init(), 1e-3));
+    exact.result()
+}
+
+/// Runs one measurement in a directory of its own.
+fn in_directory(name: &str, run: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let directory = std::env::temp_dir().join(format!("unbroken-cost-{}-{name}", std::process::id()));
+    run(&directory)?;
     std::fs::remove_dir_all(&directory)
         .map_err(|error| unbroken::Error::io("remove the run", &directory, error))
 }
 
+/// Runs this program again for one measurement of memory: what an earlier one freed would be used again.
+fn in_process(what: &str, width: usize) -> Result<()> {
+    let failed = |error| unbroken::Error::io("start", what, error);
+    let program = std::env::current_exe().map_err(failed)?;
+    let status = Command::new(program)
+        .args([what, &width.to_string()])
+        .status()
+        .map_err(failed)?;
+    assert!(status.success(), "{what}: {status}");
+    Ok(())
+}
+
 fn main() -> Result<()> {
-    let number = |place, default| {
-        let word = std::env::args().nth(place);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let number = |place: usize, default| {
+        let word = words.get(place);
         word.and_then(|word| word.parse().ok()).unwrap_or(default)
     };
-    let (width, steps) = (number(1, 1024), number(2, 320));
-    let net = Net::new(width as usize, 1, &Device::flex());
+    match words.first().map(String::as_str) {
+        Some("own") => return in_directory("own", |place| memory(number(1, 1024), place)),
+        Some("learner") => {
+            return in_directory("learner", |place| memory_under_learner(number(1, 1024), place));
+        }
+        _ => {}
+    }
+    let (width, steps) = (number(0, 1024), number(1, 320) as u64);
+    let net = Net::new(width, 1, &Device::flex());
     println!("{} parameters, batch of {BATCH}", net.num_params());
-    measure(width as usize, steps, Level::Sampled)?;
-    measure(width as usize, steps, Level::Full)?;
-    memory(width as usize)
+    in_directory("sampled", |place| measure(width, steps, Level::Sampled, place))?;
+    in_directory("full", |place| measure(width, steps, Level::Full, place))?;
+    in_process("own", width)?;
+    in_process("learner", width)
 }

@@ -25,7 +25,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn::train::metric::{AccuracyMetric, LearningRateMetric, LossMetric};
-use burn::train::{ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainOutput, TrainStep};
+use burn::train::{ClassificationOutput, InferenceStep, SupervisedTraining, TrainOutput, TrainStep};
 use unbroken::Result;
 use unbroken::digest::Fingerprint;
 use unbroken::run::read_checkpoint;
@@ -331,11 +331,7 @@ fn train_with_learner(arguments: &Arguments, device: &Device) -> Result<Net> {
         .num_epochs(arguments.epochs as usize)
         .grads_accumulation(ACCUMULATION as usize)
         .with_training_strategy(exact.strategy())
-        .launch(Learner::new(
-            Net::new(device),
-            AdamWConfig::new().init(),
-            schedule(arguments),
-        ));
+        .launch(exact.learner(Net::new(device), AdamWConfig::new().init(), schedule(arguments)));
     exact.result()?;
     Ok(result.model)
 }

@@ -4,34 +4,26 @@
 //! interrupted epoch are fed again.
 //!
 //! Steps, updates and events are those of Burn's strategy for one device, in its order. Burn's Learner shows neither its
-//! optimizer nor its scheduler; both are had through the checkpointing seam that it offers. A metric's state cannot be
+//! optimizer nor its scheduler, so it is made here ([`Exact::learner`]) and both are kept. A metric's state cannot be
 //! read, so what the metrics were given in this epoch is state, and is given to them again.
 
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::data::dataloader::Progress;
 use burn::data::dataset::DatasetError;
-use burn::lr_scheduler::LrSchedulerRecord;
-use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::optim::{GradientsAccumulator, OptimizerRecord};
-use burn::store::ModuleRecord;
+use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler};
+use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor};
-use burn::train::checkpoint::{
-    AsyncCheckpointer, Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction,
-    CheckpointingStrategy,
-};
-use burn::train::metric::store::EventStoreClient;
 use burn::train::{
     ClassificationOutput, EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearnerModel,
-    LearningCheckpointer, RegressionOutput, SupervisedLearningStrategy, SupervisedTrainingEventProcessor,
-    TrainLoader, TrainStep, TrainingComponents, TrainingItem, TrainingStrategy, ValidLoader,
+    RegressionOutput, SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+    TrainingComponents, TrainingItem, TrainingStrategy, ValidLoader,
 };
 use unbroken::train::{Bytes, Loader, Options, StateReader, StateWriter, Stateful};
 use unbroken::{Error, Result};
 
 use crate::dtype::{self, Raw};
-use crate::{DeviceGenerator, accumulator, module, optimizer, scheduler};
+use crate::{DeviceGenerator, Trained};
 
 /// What a step's output is taken to cost when the state is read.
 const PAGE: u64 = 4096;
@@ -168,7 +160,7 @@ impl Output for RegressionOutput {
     }
 }
 
-/// Burn's loop for one device, exact: `with_training_strategy(exact.strategy())`.
+/// Burn's loop for one device, exact: `with_training_strategy(exact.strategy())`, then `launch(exact.learner(...))`.
 ///
 /// The loader given here is the one that is trained on; the training loader that `SupervisedTraining::new` asks for is
 /// not read. Burn's own checkpointers have nothing to do and should be left off.
@@ -179,6 +171,8 @@ pub struct Exact<M: LearnerModel> {
 struct Shared<M: LearnerModel> {
     device: Device,
     start: Mutex<Option<(Options, Loader<<M as TrainStep>::Input>)>>,
+    /// What the Learner was made with, as new.
+    kept: Mutex<Option<(ModuleOptimizer, ModuleLrScheduler)>>,
     result: Mutex<Result<()>>,
 }
 
@@ -198,12 +192,12 @@ where
             device.clone().autodiff()
         };
         let options = options.generator("device", DeviceGenerator::new(&device));
-        let (start, result) = (Mutex::new(Some((options, loader))), Mutex::new(Ok(())));
         Exact {
             shared: Arc::new(Shared {
                 device,
-                start,
-                result,
+                start: Mutex::new(Some((options, loader))),
+                kept: Mutex::new(None),
+                result: Mutex::new(Ok(())),
             }),
         }
     }
@@ -211,6 +205,19 @@ where
     /// For `SupervisedTraining::with_training_strategy`.
     pub fn strategy(&self) -> TrainingStrategy<M> {
         TrainingStrategy::Custom(Arc::new(Strategy(Arc::clone(&self.shared))))
+    }
+
+    /// For `SupervisedTraining::launch`: what `Learner::new` makes, of an optimizer and a scheduler that the strategy
+    /// trains with.
+    pub fn learner(
+        &self,
+        model: M,
+        optimizer: ModuleOptimizer,
+        scheduler: impl Into<ModuleLrScheduler>,
+    ) -> Learner<M> {
+        let scheduler = scheduler.into();
+        *lock(&self.shared.kept) = Some((optimizer.clone(), scheduler.clone()));
+        Learner::new(model, optimizer, scheduler)
     }
 
     /// How the run ended, once `launch` has returned: [`Error::Stopped`] after a stop request, for one.
@@ -232,30 +239,30 @@ where
     fn fit(
         &self,
         mut components: TrainingComponents<M>,
-        mut learner: Learner<M>,
+        learner: Learner<M>,
         _loader: TrainLoader<M>,
         valid: ValidLoader<M>,
         _starting_epoch: usize,
     ) -> (M, SupervisedTrainingEventProcessor<M>) {
-        let Some((options, loader)) = lock(&self.0.start).take() else {
-            components
-                .interrupter
-                .fail(DatasetError::new(Error::invalid("a strategy is launched once")));
-            return (learner.model(), components.event_processor);
+        let shared = &self.0;
+        let model = learner.model().fork(&shared.device);
+        drop(learner); // It would hold the first weights for as long as the training takes.
+        let (model, result) = match shared.begin(&components) {
+            Err(error) => (model, Err(error)),
+            Ok(start) => {
+                let accumulation = components.grad_accumulation.unwrap_or(1) as u64;
+                let trained = Trained::new(model, start.optimizer, start.scheduler);
+                let mut state = State {
+                    trained: trained.accumulating(accumulation),
+                    device: shared.device.clone(),
+                    rate: 0.0,
+                    outputs: Vec::new(),
+                };
+                let valid = valid.to_device(&shared.device.clone().inner());
+                let result = fit(&mut components, &mut state, start.options, start.loader, &valid);
+                (state.trained.model, result)
+            }
         };
-        learner.fork(&self.0.device);
-        let valid = valid.to_device(&self.0.device.clone().inner());
-        let mut state = State {
-            learner,
-            device: self.0.device.clone(),
-            taps: Taps::new(Arc::clone(&components.event_store)),
-            accumulator: GradientsAccumulator::new(),
-            accumulated: 0,
-            rate: 0.0,
-            outputs: Vec::new(),
-        };
-        let options = options.epochs(components.num_epochs as u64);
-        let result = fit(&mut components, &mut state, options, loader, &valid);
         match &result {
             Ok(()) => {}
             Err(Error::Stopped { reason, .. }) => components.interrupter.stop(Some(reason)),
@@ -263,8 +270,38 @@ where
                 .interrupter
                 .fail(DatasetError::new(Error::invalid(error.to_string()))),
         }
-        *lock(&self.0.result) = result;
-        (state.learner.model(), components.event_processor)
+        *lock(&shared.result) = result;
+        (model, components.event_processor)
+    }
+}
+
+/// What a launch begins with.
+struct Start<M: LearnerModel> {
+    options: Options,
+    loader: Loader<<M as TrainStep>::Input>,
+    optimizer: ModuleOptimizer,
+    scheduler: ModuleLrScheduler,
+}
+
+impl<M: LearnerModel> Shared<M> {
+    fn begin(&self, components: &TrainingComponents<M>) -> Result<Start<M>> {
+        if components.checkpoint.is_some() {
+            return Err(Error::Unsupported {
+                what: "a start from one of Burn's own checkpoints".to_owned(),
+            });
+        }
+        let (optimizer, scheduler) = lock(&self.kept).take().ok_or_else(|| {
+            Error::invalid("the strategy knows no optimizer: launch with `exact.learner(...)`")
+        })?;
+        let (options, loader) = lock(&self.start)
+            .take()
+            .ok_or_else(|| Error::invalid("a strategy is launched once"))?;
+        Ok(Start {
+            options: options.epochs(components.num_epochs as u64),
+            loader,
+            optimizer,
+            scheduler,
+        })
     }
 }
 
@@ -283,12 +320,6 @@ where
     let (samples, batch) = (loader.samples() as usize, loader.batch_size() as usize);
     let progress =
         |done: usize| Progress::new((done * batch).min(samples), samples, Some("items".to_owned()));
-    if let Some(path) = module::first_by_columns(&state.learner.model()) {
-        // A Learner takes a model back through Burn's records only, and those bring back another layout in memory.
-        return Err(Error::Unsupported {
-            what: format!("the layout by columns of `{path}` under Burn's Learner"),
-        });
-    }
     let mut training = options.start(state)?;
     if let Some(stopping) = &mut components.early_stopping {
         // Its memory is a function of the metrics' files, which are there for the epochs that are done.
@@ -310,20 +341,11 @@ where
             interrupter.fail_on_error(processor.process_train(LearnerEvent::ProcessedItem(item)));
         }
         while let Some(mut step) = training.next_step(&mut loader)? {
-            let output = state.learner.train_step(step.take());
+            let output = TrainStep::step(&state.trained.model, step.take());
             let done = step.position() as usize + 1;
             let progress = progress(done);
-            match components.grad_accumulation {
-                None => state.update(output.grads),
-                Some(count) => {
-                    state.accumulator.accumulate(&state.learner.model(), output.grads);
-                    state.accumulated += 1;
-                    if state.accumulated >= count as u64 || progress.is_completed() {
-                        let gradients = state.accumulator.grads();
-                        state.update(gradients);
-                        state.accumulated = 0;
-                    }
-                }
+            if let Some(gradients) = state.trained.gather(output.grads, progress.is_completed()) {
+                state.update(gradients);
             }
             let kept = output.item.kept();
             let numbers = kept.numbers().into_iter().chain([("rate", state.rate)]);
@@ -340,9 +362,8 @@ where
         }
         interrupter.fail_on_error(processor.process_train(LearnerEvent::EndSplit(epoch)));
         state.outputs.clear();
-        state.accumulator = GradientsAccumulator::new();
-        state.accumulated = 0;
-        validate(&state.learner, processor, valid, epoch, &interrupter);
+        state.trained.forget_gradients();
+        validate(&state.trained.model, processor, valid, epoch, &interrupter);
         interrupter.fail_on_error(processor.process_train(LearnerEvent::EndEpoch(epoch)));
         if interrupter.should_stop() {
             return Ok(());
@@ -358,7 +379,7 @@ where
 }
 
 fn validate<M: LearnerModel>(
-    learner: &Learner<M>,
+    model: &M,
     processor: &mut SupervisedTrainingEventProcessor<M>,
     valid: &ValidLoader<M>,
     epoch: usize,
@@ -369,7 +390,7 @@ fn validate<M: LearnerModel>(
         total_items: valid.num_items(),
     };
     interrupter.fail_on_error(processor.process_valid(start));
-    let model = learner.model().valid();
+    let model = model.valid();
     let mut batches = valid.iter();
     let mut iteration = 0;
     while let Some(batch) = batches.next() {
@@ -397,11 +418,8 @@ fn validate<M: LearnerModel>(
 
 /// Everything of a Learner's training that comes back.
 struct State<M: LearnerModel> {
-    learner: Learner<M>,
+    trained: Trained<M>,
     device: Device,
-    taps: Taps<M>,
-    accumulator: GradientsAccumulator<M>,
-    accumulated: u64,
     /// Learning rate of the last update.
     rate: f64,
     /// What the metrics were given in this epoch, and the learning rate that they were told.
@@ -409,10 +427,12 @@ struct State<M: LearnerModel> {
 }
 
 impl<M: LearnerModel> State<M> {
-    fn update(&mut self, gradients: burn::optim::GradientsParams) {
-        self.learner.lr_step();
-        self.learner.optimizer_step(gradients);
-        self.rate = self.learner.lr_current().base();
+    fn update(&mut self, gradients: GradientsParams) {
+        self.rate = self
+            .trained
+            .update(gradients, |model, optimizer, rate, gradients| {
+                model.optimize(optimizer, rate, gradients)
+            });
     }
 }
 
@@ -421,22 +441,17 @@ where
     <M as TrainStep>::Output: Output,
 {
     fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
-        let model = self.learner.model();
-        module::settle(&model);
-        out.scope("model", |out| module::write(&model, out))?;
         let State {
-            learner,
-            taps,
-            accumulator,
+            trained,
             outputs,
+            rate,
             ..
         } = self;
-        let bytes = 2 * module::sizes(&model).iter().sum::<u64>() + outputs.len() as u64 * PAGE;
-        out.costly("trainer", bytes, |out| {
-            let (optimizer, scheduler) = taps.records(learner);
-            out.scope("optimizer", |out| optimizer::write_record(optimizer, &model, out))?;
-            out.scope("scheduler", |out| scheduler::write_record(scheduler, out))?;
-            out.scope("metrics", |out| {
+        trained.state(out)?;
+        out.costly(
+            "metrics",
+            || outputs.len() as u64 * PAGE,
+            |out| {
                 for (place, (output, rate)) in outputs.iter().enumerate() {
                     out.scope(&place.to_string(), |out| {
                         output.write(out)?;
@@ -444,109 +459,26 @@ where
                     })?;
                 }
                 Ok(())
-            })
-        })?;
-        out.scope("gradients", |out| accumulator::write(accumulator, &model, out))?;
-        out.value("accumulated", self.accumulated)?;
-        out.value("rate", self.rate)
+            },
+        )?;
+        out.value("rate", *rate)
     }
 
     fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
-        let model = from.scope("model", |from| module::read(self.learner.model(), from))?;
-        self.learner.load_model(model.clone().into_record());
-        from.scope("trainer", |from| {
-            let (record, count) = from.scope("optimizer", |from| optimizer::read_record(&model, from))?;
-            self.learner.load_optim(record);
-            let found = self.taps.records(&self.learner).0.len();
-            optimizer::check_count(count, found)?;
-            self.learner
-                .load_scheduler(from.scope("scheduler", scheduler::read_record)?);
-            self.outputs = from.scope("metrics", |from| {
-                let device = self.device.clone().inner();
-                let read = |name: &str, from: &mut StateReader<'_>| {
-                    from.scope(name, |from| {
-                        Ok((Output::read(from, &device)?, from.float("rate")?))
-                    })
-                };
-                from.names()
-                    .into_iter()
-                    .map(|name| read(name, from))
-                    .collect::<Result<_>>()
-            })?;
-            Ok(())
+        self.trained.restore(from)?;
+        let device = self.device.clone().inner();
+        self.outputs = from.scope("metrics", |from| {
+            let read = |name: &str, from: &mut StateReader<'_>| {
+                from.scope(name, |from| {
+                    Ok((Output::read(from, &device)?, from.float("rate")?))
+                })
+            };
+            from.names()
+                .into_iter()
+                .map(|name| read(name, from))
+                .collect::<Result<_>>()
         })?;
-        self.accumulator = GradientsAccumulator::new();
-        from.scope("gradients", |from| {
-            accumulator::read(&mut self.accumulator, &model, from)
-        })?;
-        self.accumulated = from.int("accumulated")?.unsigned_abs();
         self.rate = from.float("rate")?;
         Ok(())
-    }
-}
-
-/// Takes the optimizer's and the scheduler's record out of a Learner, as one of Burn's checkpointers.
-struct Taps<M: LearnerModel> {
-    checkpointer: LearningCheckpointer<M>,
-    store: Arc<EventStoreClient>,
-    optimizer: Receiver<OptimizerRecord>,
-    scheduler: Receiver<LrSchedulerRecord>,
-}
-
-struct Always;
-
-impl CheckpointingStrategy for Always {
-    fn checkpointing(&mut self, _epoch: usize, _store: &EventStoreClient) -> Vec<CheckpointingAction> {
-        vec![CheckpointingAction::Save]
-    }
-}
-
-/// A checkpointer that hands records on instead of saving them.
-struct Tap<R>(Mutex<Option<Sender<R>>>);
-
-impl<R: Checkpoint> Checkpointer<R> for Tap<R> {
-    fn save(&self, _epoch: usize, record: R) -> std::result::Result<(), CheckpointerError> {
-        if let Some(sender) = &*lock(&self.0) {
-            sender
-                .send(record)
-                .map_err(|error| CheckpointerError::Unknown(error.to_string()))?;
-        }
-        Ok(())
-    }
-
-    fn delete(&self, _epoch: usize) -> std::result::Result<(), CheckpointerError> {
-        Ok(())
-    }
-
-    fn restore(&self, _epoch: usize) -> std::result::Result<R, CheckpointerError> {
-        Err(CheckpointerError::Unknown("nothing is saved here".to_owned()))
-    }
-}
-
-impl<M: LearnerModel> Taps<M> {
-    fn new(store: Arc<EventStoreClient>) -> Taps<M> {
-        let ((to_optimizer, optimizer), (to_scheduler, scheduler)) = (channel(), channel());
-        let checkpointer = LearningCheckpointer::new(
-            // The module is had otherwise; its record is dropped.
-            AsyncCheckpointer::new(Tap::<ModuleRecord>(Mutex::new(None))),
-            AsyncCheckpointer::new(Tap(Mutex::new(Some(to_optimizer)))),
-            AsyncCheckpointer::new(Tap(Mutex::new(Some(to_scheduler)))),
-            Box::new(Always),
-        );
-        Taps {
-            checkpointer,
-            store,
-            optimizer,
-            scheduler,
-        }
-    }
-
-    fn records(&mut self, learner: &Learner<M>) -> (OptimizerRecord, LrSchedulerRecord) {
-        self.checkpointer.checkpoint(learner, 0, &self.store);
-        let sent = "a checkpointer sends each record that it is given";
-        (
-            self.optimizer.recv().expect(sent),
-            self.scheduler.recv().expect(sent),
-        )
     }
 }

@@ -5,7 +5,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
-use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Parameter};
+use burn::tensor::kind::Basic;
 use burn::tensor::{Bool, Bytes as BurnBytes, DType, Int, Shape, Tensor, TensorData};
 use unbroken::train::{Bytes, StateReader, StateWriter};
 use unbroken::{Error, Result, Value};
@@ -73,28 +74,6 @@ pub(crate) fn turn(data: TensorData) -> TensorData {
     TensorData::from_bytes(BurnBytes::from_bytes_vec(turned), vec![columns, rows], kind)
 }
 
-/// Path of the first matrix that lies by columns.
-#[cfg(feature = "learner")]
-pub(crate) fn first_by_columns<M: Module>(module: &M) -> Option<String> {
-    struct First(Path, Option<String>);
-    impl ModuleVisitor for First {
-        fn enter_module(&mut self, name: &str, _container_type: &str) {
-            self.0.0.push(name.to_owned());
-        }
-        fn exit_module(&mut self, _name: &str, _container_type: &str) {
-            self.0.0.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if self.1.is_none() && is_turned(param) {
-                self.1 = Some(self.0.text());
-            }
-        }
-    }
-    let mut first = First(Path::default(), None);
-    module.visit(&mut first);
-    first.1
-}
-
 /// About how many bytes each of a module's float tensors has, in the order of [`paths`].
 pub(crate) fn sizes<M: Module>(module: &M) -> Vec<u64> {
     struct Sizes(Vec<u64>);
@@ -108,13 +87,30 @@ pub(crate) fn sizes<M: Module>(module: &M) -> Vec<u64> {
     sizes.0
 }
 
-/// Where a traversal is.
+/// Where a traversal is: the names of the modules that were entered, `.` between them.
 #[derive(Default)]
-struct Path(Vec<String>);
+struct Path {
+    text: String,
+    /// How long the text was before each name.
+    lengths: Vec<usize>,
+}
 
 impl Path {
+    fn enter(&mut self, name: &str) {
+        self.lengths.push(self.text.len());
+        if !self.text.is_empty() {
+            self.text.push('.');
+        }
+        self.text.push_str(name);
+    }
+
+    fn leave(&mut self) {
+        let length = self.lengths.pop().expect("what is left was entered");
+        self.text.truncate(length);
+    }
+
     fn text(&self) -> String {
-        self.0.join(".")
+        self.text.clone()
     }
 }
 
@@ -126,16 +122,102 @@ impl Path {
 ///
 /// A tensor of a quantized type; two tensors under one path.
 pub fn write<M: Module>(module: &M, out: &mut StateWriter<'_>) -> Result<()> {
+    write_asked(module, &[], out).map(drop)
+}
+
+/// What a module's tensors were when it was last written whole: from then on only those are touched that a step's record
+/// digests.
+#[derive(Debug, Default)]
+pub struct Known(Vec<Size>);
+
+/// One tensor.
+#[derive(Debug)]
+struct Size {
+    id: ParamId,
+    /// As the module holds it.
+    dtype: DType,
+    elements: usize,
+    trained: bool,
+    /// As it is written.
+    bytes: u64,
+}
+
+impl Known {
+    /// Writes a module like [`write`], [settled](settle) as far as that can be seen in what is written.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`].
+    pub fn write<M: Module>(&mut self, module: &M, out: &mut StateWriter<'_>) -> Result<()> {
+        if out.asks_for_values() || self.0.is_empty() {
+            settle(module);
+            self.0 = write_asked(module, &[], out)?.0;
+            return Ok(());
+        }
+        let mut before = 0;
+        let is_stale = self.0.iter().any(|size| {
+            let skipped = before;
+            before += size.bytes;
+            !size.trained && out.asks_for(skipped, size.bytes)
+        });
+        if is_stale {
+            settle(module);
+        }
+        let (_, fits) = write_asked(module, &self.0, out)?;
+        if !fits {
+            self.0.clear();
+            out.start_over();
+        }
+        Ok(())
+    }
+}
+
+impl Size {
+    fn of(id: ParamId, dtype: DType, shape: Shape, trained: bool) -> Size {
+        Size {
+            id,
+            dtype,
+            elements: shape.num_elements(),
+            trained,
+            bytes: 0,
+        }
+    }
+
+    /// Whether a tensor is the one that was seen before.
+    fn fits<const D: usize, K: Basic>(&self, param: &Param<Tensor<D, K>>) -> bool
+    where
+        Tensor<D, K>: Parameter,
+    {
+        self.id == param.id
+            && param.is_initialized()
+            && self.dtype == param.dtype()
+            && self.elements == param.shape().num_elements()
+    }
+}
+
+/// Writes what a boundary asks for of a module whose tensors are known, or all of it where none is; returns what was
+/// found of those that were written, and whether the others are what they are known to be.
+fn write_asked<M: Module>(
+    module: &M,
+    known: &[Size],
+    out: &mut StateWriter<'_>,
+) -> Result<(Vec<Size>, bool)> {
     let mut writer = Writer {
         path: Path::default(),
+        known: (!known.is_empty()).then(|| known.iter()),
+        fits: true,
         out,
+        found: Vec::new(),
         trained: Vec::new(),
         flags: Vec::new(),
         result: Ok(()),
     };
     module.visit(&mut writer);
     let Writer {
+        known,
+        fits,
         out,
+        found,
         trained,
         flags,
         result,
@@ -143,83 +225,121 @@ pub fn write<M: Module>(module: &M, out: &mut StateWriter<'_>) -> Result<()> {
     } = writer;
     result?;
     out.value("trained", Value::List(trained))?;
-    out.value("flags", Value::Dict(flags))
+    out.value("flags", Value::Dict(flags))?;
+    Ok((found, fits && known.is_none_or(|mut left| left.next().is_none())))
 }
 
 struct Writer<'w, 'a> {
     path: Path,
+    /// The tensors that are known and still to come.
+    known: Option<std::slice::Iter<'w, Size>>,
+    fits: bool,
     out: &'w mut StateWriter<'a>,
+    found: Vec<Size>,
     trained: Vec<Value>,
     flags: Vec<(Value, Value)>,
     result: Result<()>,
 }
 
 impl Writer<'_, '_> {
-    /// `fetch` gives the elements in a range of the tensor laid flat.
-    fn tensor(&mut self, dtype: DType, shape: Shape, fetch: impl Fn(Range<usize>) -> TensorData + 'static) {
-        if self.result.is_err() {
-            return;
+    /// Whether there is nothing to write of the next tensor.
+    fn passes<const D: usize, K: Basic>(&mut self, param: &Param<Tensor<D, K>>) -> bool
+    where
+        Tensor<D, K>: Parameter,
+    {
+        if self.result.is_err() || !self.fits {
+            return true;
         }
-        let path = self.path.text();
-        self.result = dtype::name(dtype, &path).and_then(|name| {
+        let Some(known) = &mut self.known else {
+            return false;
+        };
+        match known.next().filter(|size| size.fits(param)) {
+            Some(size) => self.out.passes(size.bytes),
+            None => {
+                self.fits = false;
+                true
+            }
+        }
+    }
+
+    /// `fetch` gives the elements in a range of the tensor laid flat.
+    fn tensor(
+        &mut self,
+        (dtype, shape): (DType, Shape),
+        found: Size,
+        fetch: impl Fn(Range<usize>) -> TensorData + 'static,
+    ) {
+        let path = &self.path.text;
+        self.result = dtype::name(dtype, path).and_then(|name| {
             let sizes = dtype::sizes(&shape.to_vec());
             let fetch = move |range| Bytes::owned(Raw(fetch(range).into_parts().0));
-            self.out.tensor_in_parts(&path, name, dtype.size(), &sizes, fetch)
+            self.out.tensor_in_parts(path, name, dtype.size(), &sizes, fetch)
         });
+        let bytes = (shape.num_elements() * dtype.size()) as u64;
+        self.found.push(Size { bytes, ..found });
     }
+}
+
+/// Elements of a tensor in a range of it laid flat.
+fn elements<const D: usize, K: Basic>(tensor: &Tensor<D, K>, range: Range<usize>) -> TensorData {
+    let count = tensor.shape().num_elements();
+    if range.len() == count {
+        return tensor.to_data();
+    }
+    tensor.clone().reshape([count]).slice([range]).into_data()
 }
 
 impl ModuleVisitor for Writer<'_, '_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.0.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.0.pop();
+        self.path.leave();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() {
+        if self.passes(param) {
+            return;
+        }
+        let trained = param.is_require_grad();
+        if trained && self.out.asks_for_values() {
             self.trained.push(Value::Str(self.path.text()));
         }
-        let tensor = param.transform_for_save().val();
-        let (dtype, shape) = (tensor.dtype(), tensor.shape());
-        let count = shape.num_elements();
-        self.tensor(dtype, shape, move |range| {
-            if range.len() == count {
-                return tensor.to_data();
-            }
-            tensor.clone().reshape([count]).slice([range]).into_data()
+        let found = Size::of(param.id, param.dtype(), param.shape(), trained);
+        let tensor = param.transform_for_save().val().without_autodiff();
+        self.tensor((tensor.dtype(), tensor.shape()), found, move |range| {
+            elements(&tensor, range)
         });
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        if self.passes(param) {
+            return;
+        }
+        let found = Size::of(param.id, param.dtype(), param.shape(), false);
         let tensor = param.transform_for_save().val();
-        let (dtype, shape) = (tensor.dtype(), tensor.shape());
-        let count = shape.num_elements();
-        self.tensor(dtype, shape, move |range| {
-            if range.len() == count {
-                return tensor.to_data();
-            }
-            tensor.clone().reshape([count]).slice([range]).into_data()
+        self.tensor((tensor.dtype(), tensor.shape()), found, move |range| {
+            elements(&tensor, range)
         });
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        if self.passes(param) {
+            return;
+        }
+        let found = Size::of(param.id, param.dtype(), param.shape(), false);
         let tensor = param.transform_for_save().val();
-        let (dtype, shape) = (tensor.dtype(), tensor.shape());
-        let count = shape.num_elements();
-        self.tensor(dtype, shape, move |range| {
-            if range.len() == count {
-                return tensor.to_data();
-            }
-            tensor.clone().reshape([count]).slice([range]).into_data()
+        self.tensor((tensor.dtype(), tensor.shape()), found, move |range| {
+            elements(&tensor, range)
         });
     }
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {
-        self.flags
-            .push((Value::Str(self.path.text()), Value::Bool(flag.is_enabled())));
+        if self.out.asks_for_values() {
+            self.flags
+                .push((Value::Str(self.path.text()), Value::Bool(flag.is_enabled())));
+        }
     }
 }
 
@@ -331,11 +451,11 @@ impl Check<'_> {
 
 impl ModuleVisitor for Check<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.0.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.0.pop();
+        self.path.leave();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -372,11 +492,11 @@ impl Replace {
 
 impl ModuleMapper for Replace {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.0.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.0.pop();
+        self.path.leave();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -426,10 +546,10 @@ pub(crate) fn paths<M: Module>(module: &M) -> Vec<(ParamId, String)> {
     struct Paths(Path, Vec<(ParamId, String)>);
     impl ModuleVisitor for Paths {
         fn enter_module(&mut self, name: &str, _container_type: &str) {
-            self.0.0.push(name.to_owned());
+            self.0.enter(name);
         }
         fn exit_module(&mut self, _name: &str, _container_type: &str) {
-            self.0.0.pop();
+            self.0.leave();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             self.1.push((param.id, self.0.text()));

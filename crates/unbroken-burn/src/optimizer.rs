@@ -91,14 +91,6 @@ fn forget(optimizer: &ModuleOptimizer, parameters: ParamGroup) -> ModuleOptimize
         .with_group(parameters, SgdConfig::new().build(), None)
 }
 
-pub(crate) fn write_record<M: Module>(
-    record: OptimizerRecord,
-    module: &M,
-    out: &mut StateWriter<'_>,
-) -> Result<()> {
-    write_parts(record, &module::paths(module), out)
-}
-
 /// Writes a record of state of these parameters.
 fn write_parts(
     record: OptimizerRecord,
@@ -177,7 +169,7 @@ pub fn read<M: Module>(
     Ok(optimizer)
 }
 
-pub(crate) fn check_count(expected: usize, found: usize) -> Result<()> {
+fn check_count(expected: usize, found: usize) -> Result<()> {
     if expected == found {
         return Ok(());
     }
@@ -187,10 +179,7 @@ pub(crate) fn check_count(expected: usize, found: usize) -> Result<()> {
 }
 
 /// Burn's record of what [`write`] wrote, and how many tensors it has.
-pub(crate) fn read_record<M: Module>(
-    module: &M,
-    from: &mut StateReader<'_>,
-) -> Result<(OptimizerRecord, usize)> {
+fn read_record<M: Module>(module: &M, from: &mut StateReader<'_>) -> Result<(OptimizerRecord, usize)> {
     let ids: HashMap<String, u64> = module::paths(module)
         .into_iter()
         .map(|(id, path)| (path, id.val()))

@@ -16,11 +16,8 @@ use crate::optimizer::{failed, scalar_value, value_scalar};
 ///
 /// A record that Burn cannot write.
 pub fn write(scheduler: &ModuleLrScheduler, out: &mut StateWriter<'_>) -> Result<()> {
-    write_record(scheduler.to_record(), out)
-}
-
-pub(crate) fn write_record(record: LrSchedulerRecord, out: &mut StateWriter<'_>) -> Result<()> {
     let failed = failed("the scheduler's state cannot be read");
+    let record = scheduler.to_record();
     let bytes = record.into_bytes().map_err(|error| failed(error.to_string()))?;
     let reader = Reader::from_bytes(bytes).map_err(|error| failed(error.to_string()))?;
     for (name, scalar) in reader.scalars() {
@@ -35,13 +32,9 @@ pub(crate) fn write_record(record: LrSchedulerRecord, out: &mut StateWriter<'_>)
 ///
 /// A value that is no number.
 pub fn read(scheduler: ModuleLrScheduler, from: &mut StateReader<'_>) -> Result<ModuleLrScheduler> {
-    Ok(scheduler.load_record(read_record(from)?))
-}
-
-pub(crate) fn read_record(from: &mut StateReader<'_>) -> Result<LrSchedulerRecord> {
     let mut record = LrSchedulerRecord::new();
     for name in from.names() {
         record = record.with_scalar(name, value_scalar(from.value(name)?, name)?);
     }
-    Ok(record)
+    Ok(scheduler.load_record(record))
 }

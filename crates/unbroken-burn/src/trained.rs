@@ -2,7 +2,7 @@
 //!
 //! Touches: nothing but what it holds.
 
-use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler};
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::tensor::Gradients;
@@ -24,6 +24,7 @@ pub struct Trained<M: Module> {
     accumulation: u64,
     /// Whether the module lies in memory as a resume would lay it.
     laid_out: bool,
+    known: module::Known,
 }
 
 impl<M: Module> Trained<M> {
@@ -37,6 +38,7 @@ impl<M: Module> Trained<M> {
             accumulated: 0,
             accumulation: 1,
             laid_out: false,
+            known: module::Known::default(),
         }
     }
 
@@ -50,20 +52,45 @@ impl<M: Module> Trained<M> {
 
     /// Takes a step's gradients; every so many steps, updates the module. Returns the learning rate of the update.
     pub fn step(&mut self, gradients: Gradients) -> Option<f64> {
-        let mut gradients = GradientsParams::from_grads(gradients, &self.model);
-        if self.accumulation > 1 {
-            self.accumulator.accumulate(&self.model, gradients);
-            self.accumulated += 1;
-            if self.accumulated < self.accumulation {
-                return None;
-            }
-            self.accumulated = 0;
-            gradients = self.accumulator.grads();
+        let gradients = GradientsParams::from_grads(gradients, &self.model);
+        let gradients = self.gather(gradients, false)?;
+        let rate = self.update(gradients, |model, optimizer, rate, gradients| {
+            optimizer.step(rate, model, gradients)
+        });
+        Some(rate)
+    }
+
+    /// Takes a step's gradients; every so many steps, and at the last one, returns what an update is made from.
+    pub(crate) fn gather(&mut self, gradients: GradientsParams, last: bool) -> Option<GradientsParams> {
+        if self.accumulation == 1 {
+            return Some(gradients);
         }
+        self.accumulator.accumulate(&self.model, gradients);
+        self.accumulated += 1;
+        if self.accumulated < self.accumulation && !last {
+            return None;
+        }
+        self.accumulated = 0;
+        Some(self.accumulator.grads())
+    }
+
+    /// Updates the module; returns the learning rate.
+    pub(crate) fn update(
+        &mut self,
+        gradients: GradientsParams,
+        optimize: impl FnOnce(M, &mut ModuleOptimizer, ModuleLearningRate, GradientsParams) -> M,
+    ) -> f64 {
         let rate = self.scheduler.step();
         let base = rate.base();
-        self.model = self.optimizer.step(rate, self.model.clone(), gradients);
-        Some(base)
+        self.model = optimize(self.model.clone(), &mut self.optimizer, rate, gradients);
+        base
+    }
+
+    /// Forgets the gradients that wait for the next update.
+    #[cfg(feature = "learner")]
+    pub(crate) fn forget_gradients(&mut self) {
+        self.accumulator = GradientsAccumulator::new();
+        self.accumulated = 0;
     }
 }
 
@@ -72,14 +99,14 @@ impl<M: Module> Stateful for Trained<M> {
         if !std::mem::replace(&mut self.laid_out, true) {
             self.model = module::lay_out(self.model.clone());
         }
-        module::settle(&self.model);
-        out.scope("model", |out| module::write(&self.model, out))?;
+        let Trained { model, known, .. } = &mut *self;
+        out.scope("model", |out| known.write(model, out))?;
         out.costly(
             "optimizer",
-            2 * module::sizes(&self.model).iter().sum::<u64>(),
+            || 2 * module::sizes(&self.model).iter().sum::<u64>(),
             |out| optimizer::write(&self.optimizer, &self.model, out),
         )?;
-        out.costly("scheduler", 0, |out| scheduler::write(&self.scheduler, out))?;
+        out.costly("scheduler", || 0, |out| scheduler::write(&self.scheduler, out))?;
         out.scope("gradients", |out| match self.accumulated {
             0 => Ok(()),
             _ => accumulator::write(&mut self.accumulator, &self.model, out),

@@ -650,6 +650,17 @@ impl Source for Breaking {
 
 /// Trains up to eight epochs under Burn's Learner, which is to stop when two in sequence were no better.
 fn learn(path: &Path, layout: LinearLayout, broken: bool) -> Result<()> {
+    learn_with(path, layout, broken, |exact, net| {
+        exact.learner(net, SgdConfig::new().init(), 0.0)
+    })
+}
+
+fn learn_with(
+    path: &Path,
+    layout: LinearLayout,
+    broken: bool,
+    learner: impl FnOnce(&Exact<Still>, Still) -> Learner<Still>,
+) -> Result<()> {
     let device = device();
     device.seed(3);
     let layer = LinearConfig::new(4, 4).with_layout(layout).init(&device);
@@ -671,7 +682,7 @@ fn learn(path: &Path, layout: LinearLayout, broken: bool) -> Result<()> {
         .num_epochs(8)
         .early_stopping(stopping)
         .with_training_strategy(exact.strategy())
-        .launch(Learner::new(Still { layer }, SgdConfig::new().init(), 0.0));
+        .launch(learner(&exact, Still { layer }));
     exact.result()
 }
 
@@ -681,23 +692,105 @@ fn learn(path: &Path, layout: LinearLayout, broken: bool) -> Result<()> {
 fn early_stopping_under_the_learner_remembers_the_epochs_before_a_resume() {
     let _turn = turn();
     let home = tempfile::tempdir().unwrap();
-    let (reference, cut) = (home.path().join("reference"), home.path().join("cut"));
-    learn(&reference, LinearLayout::Row, false).unwrap();
-    let finished = read_checkpoint(&reference).unwrap().info().clone();
-    assert_eq!((finished.step, finished.phase), (18, 2));
-    let error = learn(&cut, LinearLayout::Row, true).unwrap_err();
-    assert!(error.to_string().contains("the disk is gone"), "{error}");
-    assert_eq!(read_checkpoint(&cut).unwrap().info().step, 16);
-    learn(&cut, LinearLayout::Row, false).unwrap();
-    let finished = read_checkpoint(&cut).unwrap().info().clone();
-    assert_eq!((finished.step, finished.phase), (18, 2));
-    assert_eq!(records(&reference), records(&cut));
+    for layout in [LinearLayout::Row, LinearLayout::Col] {
+        let place = |name: &str| home.path().join(format!("{layout:?}-{name}"));
+        let (reference, cut) = (place("reference"), place("cut"));
+        learn(&reference, layout, false).unwrap();
+        let finished = read_checkpoint(&reference).unwrap().info().clone();
+        assert_eq!((finished.step, finished.phase), (18, 2));
+        let error = learn(&cut, layout, true).unwrap_err();
+        assert!(error.to_string().contains("the disk is gone"), "{error}");
+        assert_eq!(read_checkpoint(&cut).unwrap().info().step, 16);
+        learn(&cut, layout, false).unwrap();
+        let finished = read_checkpoint(&cut).unwrap().info().clone();
+        assert_eq!((finished.step, finished.phase), (18, 2));
+        assert_eq!(records(&reference), records(&cut));
+    }
 }
 
 #[test]
-fn a_layout_that_the_learner_cannot_bring_back_is_refused_before_the_first_step() {
+fn a_learner_whose_optimizer_nobody_knows_is_refused_before_the_first_step() {
     let _turn = turn();
     let home = tempfile::tempdir().unwrap();
-    let error = learn(&home.path().join("run"), LinearLayout::Col, false).unwrap_err();
-    assert!(error.to_string().contains("`layer.weight`"), "{error}");
+    let path = home.path().join("run");
+    let error = learn_with(&path, LinearLayout::Row, false, |_, net| {
+        Learner::new(net, SgdConfig::new().init(), 0.0)
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("exact.learner"), "{error}");
+    assert!(!path.exists());
+}
+
+#[derive(Module, Debug)]
+struct Wide {
+    layer: Linear,
+    norm: BatchNorm,
+}
+
+/// A net whose statistics every step brings forward, and whose matrix is another one from the eighth step on.
+struct Replaced {
+    net: Wide,
+    /// What is known of it; without, it is written whole every time.
+    known: Option<module::Known>,
+    steps: u64,
+}
+
+impl Replaced {
+    fn new(known: Option<module::Known>) -> Replaced {
+        let layer = LinearConfig::new(4, 9000).init(&device());
+        let norm = BatchNormConfig::new(9000).init(&device());
+        let net = Wide { layer, norm };
+        Replaced { net, known, steps: 0 }
+    }
+}
+
+impl Stateful for Replaced {
+    fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+        let Replaced { net, known, .. } = self;
+        out.scope("net", |out| match known {
+            Some(known) => known.write(net, out),
+            None => {
+                module::settle(net);
+                module::write(net, out)
+            }
+        })
+    }
+
+    fn restore(&mut self, _from: &mut StateReader<'_>) -> Result<()> {
+        unreachable!("this one is never started again")
+    }
+}
+
+impl Program for Replaced {
+    fn train(&mut self, batch: &[[f32; 4]]) -> f32 {
+        self.steps += 1;
+        if self.steps == 8 {
+            self.net.layer = LinearConfig::new(9, 9000).init(&device());
+        }
+        let width = self.net.layer.weight.dims()[0];
+        let input = Tensor::<1>::from_floats(batch.as_flattened(), &device()).reshape([batch.len(), 4]);
+        let input = input.repeat_dim(1, 3).slice([0..batch.len(), 0..width]);
+        let output = self.net.norm.forward(self.net.layer.forward(input));
+        output.mean().into_scalar::<f32>()
+    }
+}
+
+#[test]
+fn a_module_that_is_known_has_the_records_of_one_that_is_written_whole() {
+    let _turn = turn();
+    let home = tempfile::tempdir().unwrap();
+    let lives = [None, Some(module::Known::default())].map(|known| {
+        let path = home.path().join(format!("{}", known.is_some()));
+        let options = options(&path).journal(Level::Sampled);
+        live(options, Replaced::new(known), u64::MAX).unwrap();
+        records(&path)
+    });
+    assert_eq!(lives[0].len(), 14);
+    let digests = lives[0].iter().map(|boundary| &boundary.components);
+    let changes = digests
+        .clone()
+        .zip(digests.skip(1))
+        .filter(|(one, next)| one != next);
+    assert_eq!(changes.count(), 13);
+    assert_eq!(lives[0], lives[1]);
 }

@@ -127,12 +127,16 @@ impl Stateful for AdamW {
                 .try_for_each(|p| write(&p.name, p.value.as_tensor(), out))
         })?;
         let numbers: usize = parameters.iter().map(|p| p.first.elem_count()).sum();
-        out.costly("optimizer", 2 * 4 * numbers as u64, |out| {
-            parameters.iter().try_for_each(|p| {
-                write(&format!("{}.first", p.name), &p.first, out)?;
-                write(&format!("{}.second", p.name), &p.second, out)
-            })
-        })?;
+        out.costly(
+            "optimizer",
+            || 2 * 4 * numbers as u64,
+            |out| {
+                parameters.iter().try_for_each(|p| {
+                    write(&format!("{}.first", p.name), &p.first, out)?;
+                    write(&format!("{}.second", p.name), &p.second, out)
+                })
+            },
+        )?;
         out.value("step", self.step)
     }
 

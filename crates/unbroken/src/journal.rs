@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::journal::{self, Component, Record, SegmentHeader};
+use crate::format::journal::{self, Component, Payload, Record, SegmentHeader};
 use crate::format::saved::{self, Node, Outline, SAVED, Saved};
 use crate::state::Value;
 use crate::storage::{Directory, File, Syncer};
@@ -231,6 +231,16 @@ pub(crate) fn parse_segment_name(name: &str) -> Option<(u32, u32)> {
     (segment_name(life, part) == format!("{JOURNAL}/{name}")).then_some((life, part))
 }
 
+/// A record of which only a part has arrived.
+#[derive(Debug)]
+struct Unfinished {
+    /// Where in the training it is, if it is a boundary's.
+    place: Option<Place>,
+    bytes: Vec<u8>,
+    /// How many of the bytes arrived.
+    done: usize,
+}
+
 /// Appends to one life's segment.
 #[derive(Debug)]
 pub(crate) struct Writer {
@@ -245,8 +255,7 @@ pub(crate) struct Writer {
     heads: BTreeMap<Place, (Digest, Instant)>,
     /// Nodes of the state that the segment's last saved event left standing.
     nodes: Option<Arc<Vec<Node>>>,
-    /// A record that only a part of arrived, its chain hash, and how many of its bytes did.
-    unfinished: Option<(Record, Vec<u8>, usize)>,
+    unfinished: Option<Unfinished>,
     /// Whether a sync failed: the system may have dropped what was written.
     doubtful: bool,
     /// A file that a copy replaced and that could not be removed yet.
@@ -302,38 +311,60 @@ impl Writer {
     /// # Errors
     ///
     /// The record is not in the journal, or in part; giving the same record again completes it.
-    pub fn append(&mut self, record: Record) -> Result<()> {
-        let finished = self.finish()?;
-        if finished.as_ref() == Some(&record) {
+    pub fn append(&mut self, record: &Record) -> Result<()> {
+        let place = match record {
+            Record::Boundary { step, phase, .. } => Some((*step, *phase)),
+            Record::Event { .. } => None,
+        };
+        self.append_payload(Payload::of(record)?, place)
+    }
+
+    /// Appends a boundary's record, like [`Writer::append`].
+    pub fn append_boundary(&mut self, boundary: &Boundary) -> Result<()> {
+        let payload = Payload::of_boundary(
+            boundary.step,
+            boundary.phase,
+            boundary.epoch,
+            boundary.position,
+            &boundary.components,
+        )?;
+        self.append_payload(payload, Some(boundary.place()))
+    }
+
+    fn append_payload(&mut self, payload: Payload, place: Option<Place>) -> Result<()> {
+        if self.finish()?.is_some_and(|finished| finished == payload) {
             return Ok(());
         }
-        let (bytes, _) = journal::encode_record(&self.chain, &record)?;
-        self.unfinished = Some((record, bytes, 0));
+        let (bytes, _) = payload.seal(&self.chain);
+        self.unfinished = Some(Unfinished {
+            place,
+            bytes,
+            done: 0,
+        });
         if let Err(error) = self.finish() {
-            if matches!(self.unfinished, Some((_, _, 0))) {
-                self.unfinished = None; // Nothing arrived, so there is nothing to complete.
-            }
+            // Where nothing arrived, there is nothing to complete.
+            self.unfinished = self.unfinished.take().filter(|left| left.done > 0);
             return Err(error);
         }
         Ok(())
     }
 
     /// Writes what is left of an unfinished record, and returns it.
-    fn finish(&mut self) -> Result<Option<Record>> {
-        let Some((_, bytes, done)) = &mut self.unfinished else {
+    fn finish(&mut self) -> Result<Option<Payload>> {
+        let Some(Unfinished { bytes, done, .. }) = &mut self.unfinished else {
             return Ok(None);
         };
         let before = self.file.written();
         let outcome = self.file.write_all(&bytes[*done..]);
         *done += usize::try_from(self.file.written() - before).expect("no more arrived than was given");
         outcome?;
-        let (record, bytes, _) = self.unfinished.take().expect("it was there a moment ago");
-        let hash = bytes.last_chunk().expect("a record ends with its chain hash");
-        self.chain = Digest(*hash);
-        if let Record::Boundary { step, phase, .. } = record {
-            self.heads.insert((step, phase), (self.chain, Instant::now()));
+        let Unfinished { place, bytes, .. } = self.unfinished.take().expect("it was there a moment ago");
+        let (payload, chain) = Payload::unseal(bytes);
+        self.chain = chain;
+        if let Some(place) = place {
+            self.heads.insert(place, (self.chain, Instant::now()));
         }
-        Ok(Some(record))
+        Ok(Some(payload))
     }
 
     /// Chain hash at the last boundary that is not after (step, phase).
@@ -353,7 +384,7 @@ impl Writer {
     pub fn saved(&mut self, step: u64, saved: &Saved, outline: &Outline, time: String) -> Result<()> {
         let fields = saved::lower(saved, outline, self.nodes.as_ref())?;
         let has_nodes = matches!(saved::nodes_field(&fields), Some(Value::List(_)));
-        self.append(Record::Event {
+        self.append(&Record::Event {
             kind: SAVED.to_owned(),
             step,
             fields,

@@ -3,6 +3,10 @@
 //! Touches: nothing. Both are a specification for ever: the same numbers give the same bytes on every machine, in every
 //! language and in every release. `docs/format.md`, "Keys" and "Orders", has the layout and golden vectors.
 
+use std::sync::LazyLock;
+
+use blake3::hazmat::{ContextKey, HasherExt, hash_derive_key_context};
+
 use crate::error::{Error, Result};
 
 /// Separates these keys from every other use of BLAKE3's key derivation.
@@ -25,7 +29,8 @@ pub fn derive_key(seed: u64, purpose: &str, epoch: u64, position: u64) -> [u8; 3
 fn derive(seed: u64, purpose: &str, epoch: u64, position: u64, out: &mut [u8]) {
     // | seed u64 | epoch u64 | position u64 | purpose, UTF-8 |   all little-endian; the fixed widths come first, so
     // that no two argument lists share their bytes.
-    let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
+    static KEYED: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(CONTEXT));
+    let mut hasher = blake3::Hasher::new_from_context_key(&KEYED);
     hasher.update(&seed.to_le_bytes());
     hasher.update(&epoch.to_le_bytes());
     hasher.update(&position.to_le_bytes());

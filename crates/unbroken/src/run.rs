@@ -415,13 +415,7 @@ impl Run {
                     "boundary ({step}, {phase}) does not come after ({before}, {before_phase})"
                 )));
             }
-            writer.append(Record::Boundary {
-                step,
-                phase,
-                epoch: found.epoch,
-                position: found.position,
-                components: found.components.clone(),
-            })?;
+            writer.append_boundary(found)?;
             *last = Some((step, phase));
         }
         let Some(recorded) = guard(&self.recorded).remove(&(step, phase)) else {
@@ -442,7 +436,7 @@ impl Run {
     pub fn event(&self, kind: &str, step: u64, fields: Vec<(String, Value)>) -> Result<()> {
         let mut pen = guard(&self.journal);
         let (writer, _) = self.writing(&mut pen)?;
-        writer.append(Record::Event {
+        writer.append(&Record::Event {
             kind: kind.to_owned(),
             step,
             fields,

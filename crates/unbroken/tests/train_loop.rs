@@ -54,7 +54,7 @@ impl Stateful for Model {
     fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
         out.tensor("weights", &[8], &self.weights)?;
         let momentum = &self.momentum;
-        out.costly("optimizer", 32, |out| out.tensor("momentum", &[8], momentum))?;
+        out.costly("optimizer", || 32, |out| out.tensor("momentum", &[8], momentum))?;
         out.value("count", self.count)
     }
 

@@ -160,20 +160,118 @@ pub fn encode_header(header: &SegmentHeader) -> Result<(Vec<u8>, Digest), Flaw> 
 ///
 /// [`Flaw::Limit`] or [`Flaw::Malformed`] where a field is too long or not what it should be.
 pub fn encode_record(previous: &Digest, record: &Record) -> Result<(Vec<u8>, Digest), Flaw> {
-    check_record(record)?;
-    let payload = value::encode_nested(&lower(record)?, value::MAX_DEPTH + 2, MAX_MEMORY)?;
-    if payload.len() > MAX_RECORD {
-        let length = payload.len();
-        return Err(Flaw::limit(format!(
-            "a journal record of {length} bytes, at most {MAX_RECORD} are allowed"
-        )));
+    Payload::of(record).map(|payload| payload.seal(previous))
+}
+
+/// A record before it is chained to the one before it. Equal records have equal payloads, and no others do. It is
+/// written straight from the record's parts, because one is at every step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Payload {
+    /// The payload, behind room for its length.
+    bytes: Vec<u8>,
+}
+
+impl Payload {
+    /// Of any record.
+    pub(crate) fn of(record: &Record) -> Result<Payload, Flaw> {
+        match record {
+            Record::Boundary {
+                step,
+                phase,
+                epoch,
+                position,
+                components,
+            } => Payload::of_boundary(*step, *phase, *epoch, *position, components),
+            Record::Event {
+                kind,
+                step,
+                fields,
+                time,
+            } => Payload::of_event(kind, *step, fields, time),
+        }
     }
-    let chain = link(previous, &payload);
-    let mut bytes = Vec::with_capacity(LENGTH + payload.len() + HASH);
-    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&payload);
-    bytes.extend_from_slice(&chain.0);
-    Ok((bytes, chain))
+
+    fn of_event(kind: &str, step: u64, fields: &[(String, Value)], time: &str) -> Result<Payload, Flaw> {
+        record::check_time(time)?;
+        let mut out = value::Writer::behind(vec![0; LENGTH], MAX_MEMORY)?;
+        out.list(5)?;
+        out.text(EVENT)?;
+        out.text(kind)?;
+        out.int(record::number("a step", step)?);
+        out.mapping(
+            fields,
+            |out, name| out.text(name),
+            // The list and the mapping are the two levels that a record has around a user's values.
+            |out, value| out.value(value, value::MAX_DEPTH),
+        )?;
+        out.text(time)?;
+        Payload::behind_room(out.finish())
+    }
+
+    /// Of a boundary's record.
+    pub(crate) fn of_boundary(
+        step: u64,
+        phase: u8,
+        epoch: u64,
+        position: u64,
+        components: &[(String, Component)],
+    ) -> Result<Payload, Flaw> {
+        check_boundary(phase, components)?;
+        let mut room = Vec::with_capacity(1024);
+        room.extend_from_slice(&[0; LENGTH]);
+        let mut out = value::Writer::behind(room, MAX_MEMORY)?;
+        out.list(6)?;
+        out.text(BOUNDARY)?;
+        out.int(record::number("a step", step)?);
+        out.int(i64::from(phase));
+        out.int(record::number("an epoch", epoch)?);
+        out.int(record::number("a position", position)?);
+        out.mapping(
+            components,
+            |out, name| out.text(name),
+            |out, component| match component {
+                Component::Digest(bytes) => out.byte_string(bytes),
+                Component::Text(text) => out.text(text),
+                Component::Int(number) => {
+                    out.int(*number);
+                    Ok(())
+                }
+                Component::Float(bits) => {
+                    out.float(*bits);
+                    Ok(())
+                }
+            },
+        )?;
+        Payload::behind_room(out.finish())
+    }
+
+    fn behind_room(bytes: Vec<u8>) -> Result<Payload, Flaw> {
+        let length = bytes.len() - LENGTH;
+        if length > MAX_RECORD {
+            return Err(Flaw::limit(format!(
+                "a journal record of {length} bytes, at most {MAX_RECORD} are allowed"
+            )));
+        }
+        Ok(Payload { bytes })
+    }
+
+    /// The payload of a whole record's bytes, and its chain hash.
+    pub(crate) fn unseal(mut bytes: Vec<u8>) -> (Payload, Digest) {
+        let hash = *bytes.last_chunk().expect("a record ends with its chain hash");
+        bytes.truncate(bytes.len() - HASH);
+        bytes[..LENGTH].fill(0);
+        (Payload { bytes }, Digest(hash))
+    }
+
+    /// The whole record's bytes, and the chain hash including it.
+    pub(crate) fn seal(self, previous: &Digest) -> (Vec<u8>, Digest) {
+        let mut bytes = self.bytes;
+        let length = (bytes.len() - LENGTH) as u32;
+        bytes[..LENGTH].copy_from_slice(&length.to_le_bytes());
+        let chain = link(previous, &bytes[LENGTH..]);
+        bytes.extend_from_slice(&chain.0);
+        (bytes, chain)
+    }
 }
 
 fn link(previous: &Digest, payload: &[u8]) -> Digest {
@@ -516,48 +614,6 @@ impl<W: Window> Iterator for SegmentReader<W> {
     }
 }
 
-fn lower(record: &Record) -> Result<Value, Flaw> {
-    Ok(Value::List(match record {
-        Record::Boundary {
-            step,
-            phase,
-            epoch,
-            position,
-            components,
-        } => {
-            let components = components.iter().map(|(name, component)| {
-                let value = match component {
-                    Component::Digest(bytes) => Value::Bytes(bytes.clone()),
-                    Component::Int(number) => Value::Int(*number),
-                    Component::Float(bits) => Value::Float(*bits),
-                    Component::Text(text) => Value::Str(text.clone()),
-                };
-                (Value::Str(name.clone()), value)
-            });
-            vec![
-                Value::Str(BOUNDARY.to_owned()),
-                record::count("a step", *step)?,
-                Value::Int(i64::from(*phase)),
-                record::count("an epoch", *epoch)?,
-                record::count("a position", *position)?,
-                Value::Dict(components.collect()),
-            ]
-        }
-        Record::Event {
-            kind,
-            step,
-            fields,
-            time,
-        } => vec![
-            Value::Str(EVENT.to_owned()),
-            Value::Str(kind.clone()),
-            record::count("a step", *step)?,
-            record::named(fields),
-            Value::Str(time.clone()),
-        ],
-    }))
-}
-
 fn raise(value: Value) -> Result<Record, Flaw> {
     let sort = match &value {
         Value::List(items) => items.first().cloned(),
@@ -643,16 +699,18 @@ fn check_record(record: &Record) -> Result<(), Flaw> {
     match record {
         Record::Boundary {
             phase, components, ..
-        } => {
-            record::check_phase(*phase)?;
-            let too_long = |component: &Component| matches!(component, Component::Digest(bytes) if bytes.len() > MAX_COMPONENT_DIGEST);
-            match components.iter().find(|(_, component)| too_long(component)) {
-                Some((name, _)) => Err(Flaw::limit(format!(
-                    "the digest {name:?} is longer than {MAX_COMPONENT_DIGEST} bytes"
-                ))),
-                None => Ok(()),
-            }
-        }
+        } => check_boundary(*phase, components),
         Record::Event { time, .. } => record::check_time(time),
+    }
+}
+
+fn check_boundary(phase: u8, components: &[(String, Component)]) -> Result<(), Flaw> {
+    record::check_phase(phase)?;
+    let too_long = |component: &Component| matches!(component, Component::Digest(bytes) if bytes.len() > MAX_COMPONENT_DIGEST);
+    match components.iter().find(|(_, component)| too_long(component)) {
+        Some((name, _)) => Err(Flaw::limit(format!(
+            "the digest {name:?} is longer than {MAX_COMPONENT_DIGEST} bytes"
+        ))),
+        None => Ok(()),
     }
 }

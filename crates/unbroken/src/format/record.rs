@@ -12,8 +12,13 @@ pub(super) const MAX_COUNT: u64 = i64::MAX as u64;
 pub(super) const MAX_PHASE: u8 = 2;
 
 /// A count as a value.
-pub(super) fn count(what: &str, number: u64) -> Result<Value, Flaw> {
-    let fits = i64::try_from(number).map(Value::Int);
+pub(super) fn count(what: &str, count: u64) -> Result<Value, Flaw> {
+    number(what, count).map(Value::Int)
+}
+
+/// A count as a signed integer.
+pub(super) fn number(what: &str, number: u64) -> Result<i64, Flaw> {
+    let fits = i64::try_from(number);
     fits.map_err(|_| Flaw::limit(format!("{what} of {number}, at most {MAX_COUNT} is allowed")))
 }
 

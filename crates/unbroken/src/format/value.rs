@@ -72,12 +72,9 @@ pub fn digest_value(value: &Value) -> Result<Digest, Flaw> {
 
 /// [`encode`] with room for the layers that a manifest or a record puts around user values, and another budget.
 pub(super) fn encode_nested(value: &Value, depth: usize, memory: usize) -> Result<Vec<u8>, Flaw> {
-    let mut writer = Writer {
-        out: Encoder::new(Vec::new()),
-        budget: Budget::of(memory)?,
-    };
+    let mut writer = Writer::behind(Vec::new(), memory)?;
     writer.value(value, depth)?;
-    Ok(writer.out.into_writer())
+    Ok(writer.finish())
 }
 
 /// [`decode`] with room for the layers that a manifest or a record puts around user values, and another budget.
@@ -191,7 +188,8 @@ fn repeated(mut parts: Vec<&[u8]>) -> Option<&[u8]> {
         .map(|pair| pair[0])
 }
 
-struct Writer {
+/// Writes a value, or the parts of one that was never put together.
+pub(super) struct Writer {
     out: Encoder<Vec<u8>>,
     budget: Budget,
 }
@@ -204,14 +202,69 @@ fn written<T>(result: Result<T, minicbor::encode::Error<std::convert::Infallible
 }
 
 impl Writer {
+    /// Writes behind these bytes a value that may take so much memory.
+    pub(super) fn behind(bytes: Vec<u8>, memory: usize) -> Result<Writer, Flaw> {
+        Ok(Writer {
+            out: Encoder::new(bytes),
+            budget: Budget::of(memory)?,
+        })
+    }
+
+    /// The bytes, when the value is complete.
+    pub(super) fn finish(self) -> Vec<u8> {
+        self.out.into_writer()
+    }
+
     fn bytes(&self) -> &[u8] {
         self.out.writer()
     }
 
-    fn text(&mut self, text: &str) -> Result<(), Flaw> {
+    /// Begins a list of this many values.
+    pub(super) fn list(&mut self, count: usize) -> Result<(), Flaw> {
+        self.budget.values(count)?;
+        self.array(count);
+        Ok(())
+    }
+
+    pub(super) fn int(&mut self, value: i64) {
+        written(self.out.i64(value));
+    }
+
+    pub(super) fn text(&mut self, text: &str) -> Result<(), Flaw> {
         self.budget.bytes(text.len())?;
         written(self.out.str(text));
         Ok(())
+    }
+
+    pub(super) fn byte_string(&mut self, bytes: &[u8]) -> Result<(), Flaw> {
+        self.budget.bytes(bytes.len())?;
+        written(self.out.bytes(bytes));
+        Ok(())
+    }
+
+    /// Writes a mapping, in its order.
+    pub(super) fn mapping<K, V>(
+        &mut self,
+        items: &[(K, V)],
+        write_key: impl Fn(&mut Writer, &K) -> Result<(), Flaw>,
+        write_value: impl Fn(&mut Writer, &V) -> Result<(), Flaw>,
+    ) -> Result<(), Flaw> {
+        self.budget.values(items.len().saturating_mul(2))?;
+        written(self.out.map(items.len() as u64));
+        let mut keys = Vec::with_capacity(items.len());
+        for (key, value) in items {
+            let start = self.bytes().len();
+            write_key(self, key)?;
+            keys.push(start..self.bytes().len());
+            write_value(self, value)?;
+        }
+        match repeated(keys.into_iter().map(|range| &self.bytes()[range]).collect()) {
+            Some(key) => Err(Flaw::malformed(format!(
+                "a mapping with the key {} twice",
+                shown(key)
+            ))),
+            None => Ok(()),
+        }
     }
 
     fn tag(&mut self, tag: u64) {
@@ -222,7 +275,7 @@ impl Writer {
         written(self.out.array(count as u64));
     }
 
-    fn float(&mut self, bits: u64) {
+    pub(super) fn float(&mut self, bits: u64) {
         // By hand: a float in a register may lose the payload of a signalling NaN on some machines.
         let out = self.out.writer_mut();
         out.push(0xfb);
@@ -230,13 +283,13 @@ impl Writer {
     }
 
     /// Writes one value that may be nested `depth` deep.
-    fn value(&mut self, value: &Value, depth: usize) -> Result<(), Flaw> {
+    pub(super) fn value(&mut self, value: &Value, depth: usize) -> Result<(), Flaw> {
         let inner = depth.checked_sub(1).ok_or_else(too_deep)?;
         check_length(self.bytes().len())?;
         match value {
             Value::None => written(self.out.null()),
             Value::Bool(value) => written(self.out.bool(*value)),
-            Value::Int(value) => written(self.out.i64(*value)),
+            Value::Int(value) => self.int(*value),
             Value::BigInt { negative, magnitude } => self.big(*negative, magnitude)?,
             Value::Float(bits) => self.float(*bits),
             Value::Complex(real, imaginary) => {
@@ -246,10 +299,7 @@ impl Writer {
                 self.float(*imaginary);
             }
             Value::Str(text) => self.text(text)?,
-            Value::Bytes(bytes) => {
-                self.budget.bytes(bytes.len())?;
-                written(self.out.bytes(bytes));
-            }
+            Value::Bytes(bytes) => self.byte_string(bytes)?,
             Value::List(items) => self.items(items, inner)?,
             Value::Tuple(items) => {
                 self.tag(TAG_TUPLE);
@@ -300,28 +350,13 @@ impl Writer {
     }
 
     fn items(&mut self, items: &[Value], depth: usize) -> Result<(), Flaw> {
-        self.budget.values(items.len())?;
-        self.array(items.len());
+        self.list(items.len())?;
         items.iter().try_for_each(|item| self.value(item, depth))
     }
 
     fn dict(&mut self, items: &[(Value, Value)], depth: usize) -> Result<(), Flaw> {
-        self.budget.values(items.len().saturating_mul(2))?;
-        written(self.out.map(items.len() as u64));
-        let mut keys = Vec::with_capacity(items.len());
-        for (key, value) in items {
-            let start = self.bytes().len();
-            self.value(key, depth)?;
-            keys.push(start..self.bytes().len());
-            self.value(value, depth)?;
-        }
-        match repeated(keys.into_iter().map(|range| &self.bytes()[range]).collect()) {
-            Some(key) => Err(Flaw::malformed(format!(
-                "a mapping with the key {} twice",
-                shown(key)
-            ))),
-            None => Ok(()),
-        }
+        let write = |writer: &mut Writer, value: &Value| writer.value(value, depth);
+        self.mapping(items, write, write)
     }
 
     fn set(&mut self, items: &[Value], depth: usize) -> Result<(), Flaw> {

@@ -2,7 +2,8 @@
 //!
 //! Touches: the program's memory, read only on the way out. Nothing is copied that the program does not copy: a
 //! tensor's bytes are borrowed until the checkpoint is written, and in a sampled journal only those are asked for that
-//! the step's window covers.
+//! the step's window covers. Where a window lies is known before the state is written, from the boundary before; where
+//! that turns out wrong, the state is asked for once more.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashSet;
@@ -82,9 +83,19 @@ enum Fetch<'a> {
     Whole(RefCell<Option<FetchAll<'a>>>),
     /// Those of some elements, of this size each.
     Parts(FetchSome<'a>, usize),
+    /// Not at all: no window was expected here.
+    Passed,
 }
 
-impl Lazy<'_> {
+impl<'a> Lazy<'a> {
+    fn new(length: usize, fetch: Fetch<'a>) -> Lazy<'a> {
+        Lazy {
+            length,
+            bytes: OnceCell::new(),
+            fetch,
+        }
+    }
+
     fn get(&self) -> Result<&[u8]> {
         let bytes = self.bytes.get_or_init(|| match &self.fetch {
             Fetch::Whole(fetch) => {
@@ -92,21 +103,25 @@ impl Lazy<'_> {
                 fetch.expect("bytes that are not there yet have a way to be fetched")()
             }
             Fetch::Parts(fetch, size) => fetch(0..self.length / size),
+            Fetch::Passed => unreachable!("where all bytes are wanted, no tensor is passed over"),
         });
         check_length(self.length, bytes.as_slice())?;
         Ok(bytes.as_slice())
     }
 
-    /// Some of the bytes; the others are fetched only if there is no other way.
-    fn part(&self, range: Range<usize>) -> Result<Bytes<'_>> {
-        if let (Fetch::Parts(fetch, size), None) = (&self.fetch, self.bytes.get()) {
-            let elements = range.start / size..range.end.div_ceil(*size);
-            let (first, length) = (elements.start * size, elements.len() * size);
-            let bytes = fetch(elements);
-            check_length(length, bytes.as_slice())?;
-            return Ok(bytes.narrow(range.start - first..range.end - first));
+    /// Some of the bytes; the others are fetched only if there is no other way. `None` where they were passed over.
+    fn part(&self, range: Range<usize>) -> Result<Option<Bytes<'_>>> {
+        match (&self.fetch, self.bytes.get()) {
+            (Fetch::Passed, _) => Ok(None),
+            (Fetch::Parts(fetch, size), None) => {
+                let elements = range.start / size..range.end.div_ceil(*size);
+                let (first, length) = (elements.start * size, elements.len() * size);
+                let bytes = fetch(elements);
+                check_length(length, bytes.as_slice())?;
+                Ok(Some(bytes.narrow(range.start - first..range.end - first)))
+            }
+            _ => Ok(Some(Bytes::Borrowed(&self.get()?[range]))),
         }
-        Ok(Bytes::Borrowed(&self.get()?[range]))
     }
 }
 
@@ -211,14 +226,46 @@ const PLAIN_TURN: u64 = 16;
 /// How many steps at least pass until a costly part is digested again, in a sampled journal.
 const COSTLY_TURN: u64 = 16;
 
+/// Digests of a state, by component.
+pub(super) type Digests = Vec<(String, Fingerprint)>;
+
+/// How many bytes each part of the state had at an earlier boundary, by its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sizes(Vec<(String, u64)>);
+
+impl Sizes {
+    fn of(&self, name: &str) -> Option<u64> {
+        let found = self.0.iter().find(|(known, _)| known == name);
+        found.map(|(_, bytes)| *bytes)
+    }
+
+    fn put(&mut self, name: &str, bytes: u64) {
+        match self.0.iter_mut().find(|(known, _)| known == name) {
+            Some((_, known)) => *known = bytes,
+            None => self.0.push((name.to_owned(), bytes)),
+        }
+    }
+}
+
+/// The bytes that a step's record digests of a part of `total` bytes: up to its end, and from its start on.
+fn window(step: u64, total: u64) -> [Range<u64>; 2] {
+    let length = WINDOW.min(total);
+    let start = step.wrapping_mul(WINDOW).checked_rem(total).unwrap_or(0);
+    let tail = length.min(total - start);
+    [start..start + tail, 0..length - tail]
+}
+
 /// Takes down a program's state.
 pub struct StateWriter<'a> {
     wanted: Wanted,
+    /// What the parts are expected to have.
+    sizes: Sizes,
     /// Scopes that are open, innermost last; the first is the root.
     scopes: Vec<Scope>,
     storages: Vec<Lazy<'a>>,
     /// Parts of the root, in order.
     parts: Vec<Part>,
+    is_void: bool,
 }
 
 /// Values under names, none twice.
@@ -235,33 +282,100 @@ struct Part {
     first: usize,
     /// Whether reading some of it costs as much as reading all of it.
     costly: bool,
+    /// Bytes of its tensors so far.
+    written: u64,
+    /// The bytes that will be asked for, if only some will be and it is known which.
+    window: Option<[Range<u64>; 2]>,
+}
+
+impl Part {
+    /// Whether some of the `length` bytes behind the next `skipped` ones are asked for, as far as is known.
+    fn asks(&self, skipped: u64, length: u64) -> bool {
+        let first = self.written + skipped;
+        let next = first..first + length;
+        match &self.window {
+            None => true,
+            Some(pieces) => pieces
+                .iter()
+                .any(|piece| piece.start < next.end && next.start < piece.end),
+        }
+    }
 }
 
 impl<'a> StateWriter<'a> {
-    pub(super) fn new(wanted: Wanted) -> StateWriter<'a> {
+    pub(super) fn new(wanted: Wanted, sizes: Sizes) -> StateWriter<'a> {
         StateWriter {
             wanted,
+            sizes,
             scopes: vec![Scope::default()],
             storages: Vec::new(),
             parts: Vec::new(),
+            is_void: false,
         }
     }
 
+    /// Whether this boundary asks for anything but tensors' bytes. Where it does not, nothing is kept of names, plain
+    /// values, shapes and types, and a program may leave out what costs it time, tensors apart.
+    ///
+    /// A sampled journal asks in one step of 16, a checkpoint always.
+    pub fn asks_for_values(&self) -> bool {
+        !matches!(self.wanted, Wanted::Windows(step) if !step.is_multiple_of(PLAIN_TURN))
+    }
+
+    /// Whether this boundary asks for some of `bytes` bytes of tensors, of those that are to be written next in this
+    /// scope and behind their first `skipped` ones.
+    pub fn asks_for(&self, skipped: u64, bytes: u64) -> bool {
+        let part = self.parts.last().filter(|_| self.scopes.len() > 1);
+        self.asks_for_values() || part.is_none_or(|part| part.asks(skipped, bytes))
+    }
+
+    /// Passes over the next tensor, of this many bytes, where this boundary does not ask for any of it; returns whether
+    /// it did. Otherwise the tensor is to be written.
+    ///
+    /// For tensors of which it costs more to write that they are there than to know how large they are.
+    pub fn passes(&mut self, bytes: u64) -> bool {
+        match usize::try_from(bytes) {
+            Ok(length) if !self.asks_for(0, bytes) => {
+                self.keep(length, Fetch::Passed);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Has the whole state written once more, with every tensor asked for: what was passed over was not what it was
+    /// taken for.
+    pub fn start_over(&mut self) {
+        self.is_void = true;
+    }
+
+    /// Begins a part of the root.
+    fn begin(&mut self, name: &str, costly: bool) {
+        let window = match self.wanted {
+            Wanted::Windows(step) if !costly => self.sizes.of(name).map(|total| window(step, total)),
+            _ => None,
+        };
+        self.parts.push(Part {
+            name: name.to_owned(),
+            first: self.storages.len(),
+            costly,
+            written: 0,
+            window,
+        });
+    }
+
+    fn keep(&mut self, length: usize, fetch: Fetch<'a>) {
+        self.storages.push(Lazy::new(length, fetch));
+        let part = self.parts.last_mut().expect("a tensor is in a part");
+        part.written += length as u64;
+    }
+
     fn insert(&mut self, name: &str, value: Value) -> Result<()> {
-        let root = self.scopes.len() == 1;
         let scope = self.scopes.last_mut().expect("the root scope is always open");
         if !scope.names.insert(name.to_owned()) {
             return Err(Error::invalid(format!("the state has two parts named `{name}`")));
         }
-        let is_tensor = matches!(value, Value::Tensor(_));
         scope.items.push((Value::Str(name.to_owned()), value));
-        if root && is_tensor {
-            self.parts.push(Part {
-                name: name.to_owned(),
-                first: self.storages.len() - 1,
-                costly: false,
-            });
-        }
         Ok(())
     }
 
@@ -271,6 +385,9 @@ impl<'a> StateWriter<'a> {
     ///
     /// [`Error::Invalid`] where the name was written before.
     pub fn value(&mut self, name: &str, value: impl Into<Value>) -> Result<()> {
+        if !self.asks_for_values() {
+            return Ok(());
+        }
         self.insert(name, value.into())
     }
 
@@ -307,7 +424,7 @@ impl<'a> StateWriter<'a> {
         shape: &[u64],
         fetch: impl FnOnce() -> Bytes<'a> + 'a,
     ) -> Result<()> {
-        let fetch = Fetch::Whole(RefCell::new(Some(Box::new(fetch))));
+        let fetch = || Fetch::Whole(RefCell::new(Some(Box::new(fetch))));
         self.lazy(name, dtype, element_size, shape, fetch)
     }
 
@@ -325,13 +442,8 @@ impl<'a> StateWriter<'a> {
         shape: &[u64],
         fetch: impl Fn(Range<usize>) -> Bytes<'a> + 'a,
     ) -> Result<()> {
-        self.lazy(
-            name,
-            dtype,
-            element_size,
-            shape,
-            Fetch::Parts(Box::new(fetch), element_size.max(1)),
-        )
+        let fetch = || Fetch::Parts(Box::new(fetch), element_size.max(1));
+        self.lazy(name, dtype, element_size, shape, fetch)
     }
 
     fn lazy(
@@ -340,7 +452,7 @@ impl<'a> StateWriter<'a> {
         dtype: &str,
         element_size: usize,
         shape: &[u64],
-        fetch: Fetch<'a>,
+        fetch: impl FnOnce() -> Fetch<'a>,
     ) -> Result<()> {
         let count = shape
             .iter()
@@ -349,26 +461,15 @@ impl<'a> StateWriter<'a> {
         let length =
             length.ok_or_else(|| Error::invalid(format!("`{name}` of shape {shape:?} is too large")))?;
         let storage = u32::try_from(self.storages.len()).map_err(|_| Error::invalid("too many tensors"))?;
-        self.storages.push(Lazy {
-            length,
-            bytes: OnceCell::new(),
-            fetch,
-        });
-        let mut strides = vec![1i64; shape.len()];
-        for place in (1..shape.len()).rev() {
-            strides[place - 1] =
-                strides[place].saturating_mul(i64::try_from(shape[place]).unwrap_or(i64::MAX));
+        if self.asks_for_values() {
+            self.insert(name, Value::Tensor(contiguous(dtype, shape, storage)))?;
         }
-        let tensor = Tensor {
-            dtype: dtype.to_owned(),
-            shape: shape.to_vec(),
-            strides,
-            offset: 0,
-            storage,
-            device: "cpu".to_owned(),
-            attrs: Vec::new(),
-        };
-        self.insert(name, Value::Tensor(tensor))
+        if self.scopes.len() == 1 {
+            self.begin(name, false);
+        }
+        let asked = self.parts.last().is_none_or(|part| part.asks(0, length as u64));
+        self.keep(length, if asked { fetch() } else { Fetch::Passed });
+        Ok(())
     }
 
     /// Writes what `write` writes under one name.
@@ -390,18 +491,15 @@ impl<'a> StateWriter<'a> {
         costly: bool,
         write: impl FnOnce(&mut StateWriter<'a>) -> Result<()>,
     ) -> Result<()> {
-        let first = self.storages.len();
+        if self.scopes.len() == 1 {
+            self.begin(name, costly);
+        }
         self.scopes.push(Scope::default());
         let written = write(self);
         let inside = self.scopes.pop().expect("the scope that was pushed");
         written?;
-        self.insert(name, Value::Dict(inside.items))?;
-        if self.scopes.len() == 1 {
-            self.parts.push(Part {
-                name: name.to_owned(),
-                first,
-                costly,
-            });
+        if self.asks_for_values() {
+            self.insert(name, Value::Dict(inside.items))?;
         }
         Ok(())
     }
@@ -419,7 +517,7 @@ impl<'a> StateWriter<'a> {
     /// journal asks for it so seldom that it reads no more of it in a step than of other parts, on average, and at most
     /// once in 16 steps. Checkpoints have it always.
     ///
-    /// `bytes` may be estimated, as a function of the state alone.
+    /// `bytes` may be estimated, as a function of the state alone; it is asked for in one step of 16.
     ///
     /// # Errors
     ///
@@ -427,11 +525,11 @@ impl<'a> StateWriter<'a> {
     pub fn costly(
         &mut self,
         name: &str,
-        bytes: u64,
+        bytes: impl FnOnce() -> u64,
         write: impl FnOnce(&mut StateWriter<'a>) -> Result<()>,
     ) -> Result<()> {
         match self.wanted {
-            Wanted::Windows(step) if !step.is_multiple_of(COSTLY_TURN.max(bytes / WINDOW)) => Ok(()),
+            Wanted::Windows(step) if !is_turn(step, bytes) => Ok(()),
             _ => self.scope_of(name, true, write),
         }
     }
@@ -443,49 +541,79 @@ impl<'a> StateWriter<'a> {
         Ok((tree, storages))
     }
 
-    /// Digests of the state, part by part, and one of everything that is no tensor's bytes when its turn has come.
-    pub(super) fn digests(&mut self) -> Result<Vec<(String, Fingerprint)>> {
+    /// Digests of the state, part by part, and one of everything that is no tensor's bytes when its turn has come; and
+    /// the parts' sizes, for the next boundary.
+    ///
+    /// No digests where the sizes that were expected are not those found, or the program says so: then the state is to
+    /// be written again, with no expectations.
+    pub(super) fn digests(&mut self) -> Result<(Option<Digests>, Sizes)> {
+        let mut sizes = std::mem::take(&mut self.sizes);
         let mut digests = Vec::with_capacity(self.parts.len() + 1);
         for (place, part) in self.parts.iter().enumerate() {
             let next = self.parts.get(place + 1);
             let end = next.map_or(self.storages.len(), |next| next.first);
-            let storages = &self.storages[part.first..end];
-            digests.push((
-                format!("state/{}", part.name),
-                self.digest(storages, part.costly)?,
-            ));
+            sizes.put(&part.name, part.written);
+            if let Some(digest) = self.digest(part, &self.storages[part.first..end])? {
+                digests.push((format!("state/{}", part.name), digest));
+            }
         }
-        if !matches!(self.wanted, Wanted::Windows(step) if !step.is_multiple_of(PLAIN_TURN)) {
+        if self.is_void || digests.len() < self.parts.len() {
+            return Ok((None, sizes));
+        }
+        if self.asks_for_values() {
             let tree = Value::Dict(std::mem::take(&mut self.scopes[0].items));
             let bytes = value::encode(&tree)?;
             digests.push(("state/plain".to_owned(), Fingerprint::of(&bytes)));
         }
-        Ok(digests)
+        Ok((Some(digests), sizes))
     }
 
-    fn digest(&self, storages: &[Lazy<'a>], whole: bool) -> Result<Fingerprint> {
+    fn digest(&self, part: &Part, storages: &[Lazy<'a>]) -> Result<Option<Fingerprint>> {
         let step = match self.wanted {
-            Wanted::Windows(step) if !whole => step,
+            Wanted::Windows(step) if !part.costly => step,
             _ => {
                 let regions: Vec<&[u8]> = storages.iter().map(Lazy::get).collect::<Result<_>>()?;
-                return Ok(Fingerprint::of_regions(&regions));
+                return Ok(Some(Fingerprint::of_regions(&regions)));
             }
         };
-        let total: u64 = storages.iter().map(|storage| storage.length as u64).sum();
-        let length = WINDOW.min(total);
-        let start = step.wrapping_mul(WINDOW).checked_rem(total).unwrap_or(0);
-        let tail = length.min(total - start);
         let mut pieces = Vec::new();
-        cut(storages, start, tail, &mut pieces)?;
-        cut(storages, 0, length - tail, &mut pieces)?;
+        for range in window(step, part.written) {
+            if !cut(storages, range, &mut pieces)? {
+                return Ok(None);
+            }
+        }
         let pieces: Vec<&[u8]> = pieces.iter().map(Bytes::as_slice).collect();
-        Ok(Fingerprint::of_window(&pieces, 0, length))
+        Ok(Some(Fingerprint::of_window(&pieces, 0, WINDOW)))
     }
 }
 
-/// Collects bytes `[start, start + length)` of storages laid end to end; those outside are not fetched.
-fn cut<'s>(storages: &'s [Lazy<'_>], start: u64, length: u64, pieces: &mut Vec<Bytes<'s>>) -> Result<()> {
-    let (mut skip, mut left) = (start, length);
+/// Whether it is the turn of a costly part.
+fn is_turn(step: u64, bytes: impl FnOnce() -> u64) -> bool {
+    let turns = || bytes().div_ceil(WINDOW * COSTLY_TURN).max(1);
+    step.is_multiple_of(COSTLY_TURN) && (step / COSTLY_TURN).is_multiple_of(turns())
+}
+
+/// A whole storage's elements in row-major order.
+fn contiguous(dtype: &str, shape: &[u64], storage: u32) -> Tensor {
+    let mut strides = vec![1i64; shape.len()];
+    for place in (1..shape.len()).rev() {
+        strides[place - 1] = strides[place].saturating_mul(i64::try_from(shape[place]).unwrap_or(i64::MAX));
+    }
+    Tensor {
+        dtype: dtype.to_owned(),
+        shape: shape.to_vec(),
+        strides,
+        offset: 0,
+        storage,
+        device: "cpu".to_owned(),
+        attrs: Vec::new(),
+    }
+}
+
+/// Collects a range of bytes of storages laid end to end; those outside are not fetched. Returns whether all of them
+/// could be had.
+fn cut<'s>(storages: &'s [Lazy<'_>], range: Range<u64>, pieces: &mut Vec<Bytes<'s>>) -> Result<bool> {
+    let (mut skip, mut left) = (range.start, range.end - range.start);
     for storage in storages {
         let size = storage.length as u64;
         if left == 0 {
@@ -496,11 +624,14 @@ fn cut<'s>(storages: &'s [Lazy<'_>], start: u64, length: u64, pieces: &mut Vec<B
             continue;
         }
         let taken = left.min(size - skip);
-        pieces.push(storage.part(skip as usize..(skip + taken) as usize)?);
+        let Some(piece) = storage.part(skip as usize..(skip + taken) as usize)? else {
+            return Ok(false);
+        };
+        pieces.push(piece);
         left -= taken;
         skip = 0;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// One tensor of a checkpoint, its bytes verified.
@@ -721,10 +852,14 @@ mod tests {
         out.value("count", 7i64).unwrap();
     }
 
-    fn digests(wanted: Wanted, numbers: &[u8]) -> Vec<(String, Fingerprint)> {
-        let mut out = StateWriter::new(wanted);
+    fn found(out: &mut StateWriter<'_>) -> Digests {
+        out.digests().unwrap().0.unwrap()
+    }
+
+    fn digests(wanted: Wanted, numbers: &[u8]) -> Digests {
+        let mut out = StateWriter::new(wanted, Sizes::default());
         write(&mut out, numbers, 1000);
-        out.digests().unwrap()
+        found(&mut out)
     }
 
     #[test]
@@ -752,7 +887,7 @@ mod tests {
     fn a_window_asks_only_for_the_tensors_that_it_touches() {
         let asked = std::cell::RefCell::new(Vec::new());
         let digest = |step| {
-            let mut out = StateWriter::new(Wanted::Windows(step));
+            let mut out = StateWriter::new(Wanted::Windows(step), Sizes::default());
             out.scope("net", |out| {
                 for name in ["a", "b", "c"] {
                     let asked = &asked;
@@ -772,12 +907,78 @@ mod tests {
         assert_eq!(*asked.borrow(), ["b", "c", "a"]);
     }
 
+    /// Writes a part of `sizes` with these numbers, passing over what may be passed over, and says what was fetched.
+    fn digests_expecting(
+        step: u64,
+        expected: Sizes,
+        tensors: &[Vec<u8>],
+    ) -> ((Option<Digests>, Sizes), Vec<usize>) {
+        let asked = std::cell::RefCell::new(Vec::new());
+        let mut out = StateWriter::new(Wanted::Windows(step), expected);
+        out.scope("net", |out| {
+            for (place, tensor) in tensors.iter().enumerate() {
+                let asked = &asked;
+                let bytes = tensor.len() as u64;
+                if place % 2 == 0 || !out.passes(bytes) {
+                    out.tensor_with(&place.to_string(), "uint8", 1, &[bytes], move || {
+                        asked.borrow_mut().push(place);
+                        Bytes::Borrowed(tensor)
+                    })?;
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+        let found = out.digests().unwrap();
+        drop(out);
+        (found, asked.into_inner())
+    }
+
+    #[test]
+    fn what_is_passed_over_changes_no_digest_and_is_not_fetched() {
+        let tensors: Vec<Vec<u8>> = [70_000, 5, 0, 90_000, 41, 65_536]
+            .iter()
+            .enumerate()
+            .map(|(place, length)| (0..*length).map(|i| (i * 7 + place) as u8).collect())
+            .collect();
+        let mut sizes = Sizes::default();
+        for step in 1..40 {
+            let ((whole, _), _) = digests_expecting(step, Sizes::default(), &tensors);
+            let ((passed, found), asked) = digests_expecting(step, sizes, &tensors);
+            assert_eq!(whole.unwrap(), passed.unwrap(), "step {step}");
+            assert!(asked.len() < tensors.len(), "step {step}: {asked:?}");
+            sizes = found;
+        }
+    }
+
+    #[test]
+    fn where_a_part_has_other_sizes_than_were_expected_the_state_is_asked_for_once_more() {
+        let tensors = vec![vec![1; 200_000], vec![2; 200_000], vec![3; 300_000]];
+        let ((_, sizes), _) = digests_expecting(3, Sizes::default(), &tensors);
+        let grown = vec![vec![1; 200_000], vec![2; 500_000], vec![3; 300_000]];
+        let ((found, sizes), _) = digests_expecting(11, sizes, &grown);
+        assert_eq!(found, None);
+        let ((expected, _), _) = digests_expecting(11, Sizes::default(), &grown);
+        assert_eq!(digests_expecting(11, sizes, &grown).0.0, expected);
+    }
+
+    #[test]
+    fn a_program_that_was_wrong_about_what_it_passed_over_starts_over() {
+        let mut out = StateWriter::new(Wanted::Windows(3), Sizes::default());
+        out.tensor("n", &[3], &[1u8, 2, 3]).unwrap();
+        out.start_over();
+        assert_eq!(out.digests().unwrap().0, None);
+    }
+
     #[test]
     fn a_tensor_given_in_parts_has_the_digests_of_the_whole() {
         let numbers: Vec<u32> = (0..50_000).collect();
         let all = bytes_of(&numbers);
         for wanted in (0..7).map(Wanted::Windows).chain([Wanted::All]) {
-            let (mut whole, mut parts) = (StateWriter::new(wanted), StateWriter::new(wanted));
+            let (mut whole, mut parts) = (
+                StateWriter::new(wanted, Sizes::default()),
+                StateWriter::new(wanted, Sizes::default()),
+            );
             whole.tensor("n", &[50_000], &numbers).unwrap();
             let fetch = |range: Range<usize>| Bytes::Borrowed(&all[range.start * 4..range.end * 4]);
             parts.tensor_in_parts("n", "uint32", 4, &[50_000], fetch).unwrap();
@@ -792,10 +993,10 @@ mod tests {
         let digests = digests(Wanted::All, &numbers);
         let names: Vec<&str> = digests.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["state/net", "state/alone", "state/plain"]);
-        let mut out = StateWriter::new(Wanted::All);
+        let mut out = StateWriter::new(Wanted::All, Sizes::default());
         write(&mut out, &numbers, 1000);
         out.value("more", 1i64).unwrap();
-        assert_ne!(out.digests().unwrap()[2], digests[2]);
+        assert_ne!(found(&mut out)[2], digests[2]);
     }
 
     #[test]
@@ -808,8 +1009,8 @@ mod tests {
             (Wanted::Windows(32), 4 * megabyte, false),
             (Wanted::Windows(64), 4 * megabyte, true),
         ] {
-            let mut out = StateWriter::new(wanted);
-            out.costly("optimizer", bytes, |out| out.value("time", 3i64))
+            let mut out = StateWriter::new(wanted, Sizes::default());
+            out.costly("optimizer", || bytes, |out| out.value("time", 3i64))
                 .unwrap();
             assert_eq!(
                 out.finish().unwrap().0.get("optimizer").is_some(),
@@ -822,12 +1023,14 @@ mod tests {
     #[test]
     fn a_costly_part_is_digested_whole_when_its_turn_comes() {
         let digests = |numbers: &[u8]| {
-            let mut out = StateWriter::new(Wanted::Windows(16));
-            out.costly("optimizer", 0, |out| {
-                out.tensor("m", &[numbers.len() as u64], numbers)
-            })
+            let mut out = StateWriter::new(Wanted::Windows(16), Sizes::default());
+            out.costly(
+                "optimizer",
+                || 0,
+                |out| out.tensor("m", &[numbers.len() as u64], numbers),
+            )
             .unwrap();
-            out.digests().unwrap()
+            found(&mut out)
         };
         let mut numbers = vec![0; 300_000];
         let before = digests(&numbers);
@@ -841,7 +1044,7 @@ mod tests {
     #[test]
     fn a_name_twice_and_a_shape_that_does_not_fit_are_refused() {
         let numbers = [1.0f32; 6];
-        let mut out = StateWriter::new(Wanted::All);
+        let mut out = StateWriter::new(Wanted::All, Sizes::default());
         out.tensor("w", &[2, 3], &numbers).unwrap();
         assert!(
             out.tensor("w", &[2, 3], &numbers)

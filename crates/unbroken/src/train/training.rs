@@ -14,7 +14,7 @@ use super::loader::{Batch, Loader};
 use super::policy::Policy;
 use super::proving::Instructions;
 use super::source::Reseed;
-use super::state::{StateReader, StateWriter, Stateful, Wanted};
+use super::state::{Digests, Sizes, StateReader, StateWriter, Stateful, Wanted};
 use super::stop::Stop;
 use crate::digest::{Digest, Fingerprint};
 use crate::error::{Error, Result};
@@ -288,6 +288,8 @@ pub struct Training {
     proof: Instructions,
     pin_next: bool,
     replayed: u64,
+    /// What the state's parts had at the last boundary: it tells where a window will lie.
+    sizes: Sizes,
 }
 
 impl Training {
@@ -324,6 +326,7 @@ impl Training {
             proof,
             pin_next: false,
             replayed: 0,
+            sizes: Sizes::default(),
         }
     }
 
@@ -510,7 +513,8 @@ impl Training {
             return Ok(None);
         };
         self.now = Now::InStep;
-        let mut components = vec![("data/indices".to_owned(), indices_digest(&batch.indices))];
+        let mut components = Vec::with_capacity(16);
+        components.push(("data/indices".to_owned(), indices_digest(&batch.indices)));
         components.extend(
             batch
                 .digest
@@ -605,15 +609,14 @@ impl Training {
     }
 
     /// The keys of this place, for the journal: a generator that is keyed otherwise shows up by name.
-    fn key_components(&self) -> Vec<(String, Component)> {
+    fn add_keys(&self, components: &mut Vec<(String, Component)>) {
         let component = |name: &str, key: [u8; 32]| (format!("rng/{name}"), Component::Digest(key.to_vec()));
-        let mut keys = vec![component("key", self.key(""))];
+        components.push(component("key", self.key("")));
         for (name, _) in &self.options.generators {
             let purpose = format!("generator/{name}");
             let key = key::derive_key(self.seed(), &purpose, self.place.epoch, self.place.position);
-            keys.push(component(name, key));
+            components.push(component(name, key));
         }
-        keys
     }
 
     /// Puts a number into the next record, by its bits; the last finite value is kept in the checkpoint as a metric.
@@ -623,8 +626,12 @@ impl Training {
         let (name_of_component, component) = (format!("log/{name}"), Component::Float(value.to_bits()));
         self.log.retain(|(there, _)| *there != name_of_component);
         self.log.push((name_of_component, component));
-        if value.is_finite() {
-            self.metrics.insert(name.to_owned(), value);
+        if !value.is_finite() {
+            return;
+        }
+        match self.metrics.get_mut(name) {
+            Some(there) => *there = value,
+            None => drop(self.metrics.insert(name.to_owned(), value)),
         }
     }
 
@@ -651,7 +658,7 @@ impl Training {
     }
 
     fn end_step(&mut self, mut components: Vec<(String, Component)>, state: &mut dyn Stateful) -> Result<()> {
-        components.extend(self.key_components());
+        self.add_keys(&mut components);
         self.place.step += 1;
         self.place.position += 1;
         self.now = Now::InEpoch;
@@ -672,19 +679,12 @@ impl Training {
         state: &mut dyn Stateful,
     ) -> Result<()> {
         components.append(&mut self.log);
-        let wanted = match self.options.level {
-            Level::Full => Wanted::All,
-            Level::Sampled => Wanted::Windows(self.place.step),
-        };
-        let mut writer = StateWriter::new(wanted);
-        state.state(&mut writer)?;
+        let digests = self.digests(state)?;
         components.extend(
-            writer
-                .digests()?
+            digests
                 .into_iter()
                 .map(|(name, digest)| (name, of_fingerprint(digest))),
         );
-        drop(writer);
         let Place {
             step,
             epoch,
@@ -726,6 +726,26 @@ impl Training {
                 })
             }
         }
+    }
+
+    /// Digests of the state for this boundary's record.
+    fn digests(&mut self, state: &mut dyn Stateful) -> Result<Digests> {
+        let wanted = match self.options.level {
+            Level::Full => Wanted::All,
+            Level::Sampled => Wanted::Windows(self.place.step),
+        };
+        let mut attempt = |sizes| {
+            let mut writer = StateWriter::new(wanted, sizes);
+            state.state(&mut writer)?;
+            writer.digests()
+        };
+        let (found, sizes) = attempt(std::mem::take(&mut self.sizes))?;
+        let (found, sizes) = match found {
+            Some(_) => (found, sizes),
+            None => attempt(Sizes::default())?,
+        };
+        self.sizes = sizes;
+        found.ok_or_else(|| Error::invalid("the state is to be written again, however often it is"))
     }
 
     fn is_due(&self, phase: u8) -> bool {
@@ -791,7 +811,7 @@ impl Training {
 
     fn commit(&mut self, phase: u8, state: &mut dyn Stateful) -> Result<()> {
         self.proof.reached("saving", self.place.step);
-        let mut writer = StateWriter::new(Wanted::All);
+        let mut writer = StateWriter::new(Wanted::All, Sizes::default());
         state.state(&mut writer)?;
         let (objects, storages) = writer.finish()?;
         let entry = |name: &str, value: Value| (Value::Str(name.to_owned()), value);
