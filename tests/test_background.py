@@ -156,6 +156,30 @@ def test_a_run_without_memory_for_a_copy_waits_for_each_checkpoint_and_says_so(
     assert values_in(tmp_path / "run") == (64, {64.0})
 
 
+@pytest.mark.parametrize("save", ["background", "sync"])
+def test_of_a_frozen_model_with_an_adapter_only_the_adapter_is_written_again(
+    tmp_path: Path, save: Any
+) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2000, 2000), torch.nn.Linear(2000, 100))
+    net[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(net[1].parameters())
+    loader = DataLoader(TensorDataset(torch.randn(12, 2000)), batch_size=1)
+    run = unbroken.Run(
+        tmp_path / "run", checkpoint=3, keep=100, quiet=True, save=save, net=net, optimizer=optimizer
+    )
+    for _ in run.epochs(1):
+        for (x,) in run.batches(loader):
+            net(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run.close()
+    changed = 3 * sum(parameter.nbytes for parameter in net[1].parameters())
+    first, *later = [info for info in run.checkpoints() if info.phase == 0]
+    assert first.new_bytes > sum(parameter.nbytes for parameter in net.parameters())
+    assert [info.step for info in later] == [3, 6, 9, 12]
+    assert all(changed <= info.new_bytes <= 1.05 * changed for info in later)
+
+
 def test_continuous_saves_follow_one_another_as_far_as_the_budget_allows(tmp_path: Path) -> None:
     generous = Counting(tmp_path / "generous", elements=1000, checkpoint=Policy(continuous=1.0), keep=100)
     generous.train()
