@@ -1096,9 +1096,10 @@ class Run:
     def _say_incomplete(self, *, failed: bool) -> None:
         if self._started and not self._closed and not self.finished:
             how = "failed" if failed else "ended"
-            self._say(
-                f"{self.path} {how} before its planned end, at step {self.step}; start the same command to go on"
-            )
+            refused = self._has_diverged and self._on_divergence == "stop" and not self._overridden
+            # Nothing would be different the next time.
+            go_on = "" if refused else "; start the same command to go on"
+            self._say(f"{self.path} {how} before its planned end, at step {self.step}{go_on}")
 
     def _at_exit(self) -> None:
         self._say_incomplete(failed=False)

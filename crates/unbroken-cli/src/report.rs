@@ -73,10 +73,11 @@ struct Words {
 impl Words {
     fn of(runs: &[Recorded], differences: &[Option<Difference>]) -> Words {
         let mut more = Vec::new();
-        let mut good = true;
+        let (mut good, mut diverged) = (true, None);
         for run in runs {
             if let Some(event) = run.diverged() {
                 good = false;
+                diverged = diverged.or(Some(event.step));
                 more.push(format!(
                     "{}: step {} came out differently when life {} executed it again",
                     run.name, event.step, event.life
@@ -105,7 +106,10 @@ impl Words {
         }
         let headline = match (runs, good) {
             ([run], true) => verified_words(run),
-            ([_], false) => "This run is not whole, or did not repeat itself".to_owned(),
+            ([_], false) => match diverged {
+                Some(step) => format!("Not exact: step {step} did not repeat itself"),
+                None => "This run is not whole".to_owned(),
+            },
             (_, true) => "The runs are the same, bit for bit".to_owned(),
             (_, false) => "The runs are not the same".to_owned(),
         };
@@ -206,6 +210,9 @@ fn page(runs: &[Recorded], differences: &[Option<Difference>], verdict: &Words) 
 fn facts(out: &mut String, runs: &[Recorded]) {
     out.push_str("<dl class=\"facts\">");
     for run in runs {
+        if runs.len() > 1 {
+            let _ = write!(out, "<div><dt>run</dt><dd>{}</dd></div>", escape(&run.name));
+        }
         let new: u64 = run.saves().iter().filter_map(|save| save.new_bytes).sum();
         for (name, text) in [
             ("steps", run.totals.last.to_string()),
@@ -314,10 +321,16 @@ fn legend(runs: &[Recorded]) -> String {
             );
         }
     }
-    out.push_str(
-        " <span class=\"key key-life\"></span>a life <span class=\"key key-kill\"></span>its end \
+    let of_run = match runs {
+        [.., _, last] => format!(" of {}", escape(&last.name)),
+        _ => String::new(),
+    };
+    let _ = write!(
+        out,
+        " <span class=\"key key-life\"></span>a life{of_run} <span class=\"key key-kill\"></span>its end \
+         <span class=\"key key-resume\"></span>where&nbsp;the&nbsp;next&nbsp;begins \
          <span class=\"key key-again\"></span>executed again <span class=\"key key-save\"></span>checkpoint \
-         <span class=\"key key-gone\"></span>no longer there",
+         <span class=\"sign\">\u{25b3}</span>no&nbsp;longer&nbsp;there",
     );
     out
 }
@@ -523,11 +536,12 @@ svg{display:block;width:100%;height:auto}
 .key{display:inline-block;width:12px;height:12px;margin:0 5px 0 12px;vertical-align:-1px;border-radius:2px}
 .key-0{background:var(--c0)}.key-1{background:var(--c1)}.key-2{background:var(--c2)}
 .key-life{background:var(--l0);opacity:.3}.key-kill{background:var(--bad);width:3px}
-.key-gone{border:1px solid var(--save);clip-path:none;border-radius:50%;width:8px;height:8px;vertical-align:1px}
+.key-resume{width:0;border-left:3px dotted var(--good);border-radius:0}
+.sign{margin:0 5px 0 12px;color:var(--save)}
 .key-again{background:var(--again)}.key-save{background:var(--save);clip-path:polygon(50% 0,100% 100%,0 100%)}
 .wide{overflow-x:auto;margin:24px 0}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;min-width:100%}
 summary{font-weight:600;font-size:15px;padding-bottom:6px;cursor:pointer}
-th,td{text-align:left;padding:5px 16px 5px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
+th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{color:var(--soft);font-weight:500}
 ";

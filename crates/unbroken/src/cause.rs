@@ -415,7 +415,7 @@ fn arithmetic(situation: &Situation) -> Option<Cause> {
             "state/scaler" => cause("scaler-reset", "the gradient scaler was reset: its scale and growth counter are state too"),
             _ if name.starts_with("log/") || name.starts_with("state/") => cause(
                 "state-not-restored",
-                "data, generators and learning rate agree and the result does not: something that the step computes with was not restored",
+                "data, generators and learning rate agree and the result does not: something that the step computes with was not restored, such as a variable or a generator of the program's own that the run does not track",
             ),
             _ => None,
         });

@@ -195,7 +195,9 @@ impl Program {
             Some(Stop::KillAfter { .. }) | None => {}
         }
         let before = Written::in_runs(&runs);
-        let child = command.spawn()?;
+        let child = command
+            .spawn()
+            .map_err(|error| io::Error::new(error.kind(), format!("`{}`: {error}", self.command[0])))?;
         self.watch(child, stop, &runs, before, log)
     }
 

@@ -115,17 +115,27 @@ fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
     (first..=last).map(|at| at as f64 * unit).collect()
 }
 
-fn number(value: f64) -> String {
-    if value != 0.0 && (value.abs() < 1e-3 || value.abs() >= 1e6) {
-        return format!("{value:.1e}");
-    }
-    let text = format!("{value:.4}");
-    let text = text.trim_end_matches('0').trim_end_matches('.');
-    if text.is_empty() || text == "-0" {
-        "0".to_owned()
-    } else {
-        text.to_owned()
-    }
+/// Round numbers with as many digits as tell them apart.
+fn labelled(ticks: Vec<f64>) -> Vec<(f64, String)> {
+    let unit = match ticks.as_slice() {
+        [first, second, ..] => second - first,
+        [only] => only.abs(),
+        [] => 1.0,
+    };
+    // Of a unit of 0.05 the second digit behind the point counts.
+    let place = |number: f64| (number.log10() + 1e-9).floor() as i32;
+    let decimals = if unit > 0.0 { -place(unit) } else { 0 };
+    let label = |value: f64| {
+        if value.abs() < unit / 2.0 || value == 0.0 {
+            return "0".to_owned();
+        }
+        if decimals > 5 || value.abs() >= 1e6 {
+            let digits = usize::try_from(place(value.abs()) + decimals).unwrap_or(0);
+            return format!("{value:.digits$e}");
+        }
+        format!("{value:.0$}", usize::try_from(decimals).unwrap_or(0))
+    };
+    ticks.into_iter().map(|value| (value, label(value))).collect()
 }
 
 impl Chart {
@@ -146,7 +156,8 @@ impl Chart {
             (low, high) = (0.0, 1.0);
         }
         if low == high {
-            (low, high) = (low - 0.5, high + 0.5);
+            let room = if low == 0.0 { 0.5 } else { low.abs() / 10.0 };
+            (low, high) = (low - room, high + room);
         }
         let steps = self
             .curves
@@ -164,13 +175,13 @@ impl Chart {
             escape(&self.title)
         );
         self.bands(&mut out, &x);
-        for value in ticks(low, high, 5) {
+        for (value, label) in labelled(ticks(low, high, 5)) {
             let at = y(value);
             line(&mut out, "grid", (LEFT, at), (WIDTH - RIGHT, at));
-            text(&mut out, "end", LEFT - 6.0, at + 4.0, &number(value));
+            text(&mut out, "end", LEFT - 6.0, at + 4.0, &label);
         }
-        for step in ticks(0.0, last as f64, 8) {
-            text(&mut out, "middle", x(step), HEIGHT - BOTTOM + 16.0, &number(step));
+        for (step, label) in labelled(ticks(0.0, last as f64, 8)) {
+            text(&mut out, "middle", x(step), HEIGHT - BOTTOM + 16.0, &label);
         }
         for (index, curve) in self.curves.iter().enumerate() {
             let points: Vec<(u64, f64)> = curve.points.iter().filter(finite).copied().collect();
@@ -307,8 +318,39 @@ mod tests {
         assert_eq!(ticks(0.0, 100.0, 5), [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]);
         assert_eq!(ticks(0.13, 0.42, 3), [0.2, 0.30000000000000004, 0.4]);
         assert_eq!(ticks(2.0, 2.0, 5), [2.0]);
-        assert_eq!(number(0.30000000000000004), "0.3");
-        assert_eq!(number(-0.0), "0");
+    }
+
+    #[test]
+    fn labels_have_as_many_digits_as_tell_them_apart() {
+        let labels = |low, high| -> Vec<String> {
+            let all = labelled(ticks(low, high, 5));
+            all.into_iter().map(|(_, label)| label).collect()
+        };
+        assert_eq!(labels(0.0, 0.11), ["0", "0.05", "0.10"]);
+        assert_eq!(labels(-1.0, 1.0), ["-1.0", "-0.5", "0", "0.5", "1.0"]);
+        assert_eq!(
+            labels(0.0009, 0.0011),
+            ["0.00090", "0.00095", "0.00100", "0.00105", "0.00110"]
+        );
+        assert_eq!(
+            labels(1e-9, 3e-9),
+            ["1.0e-9", "1.5e-9", "2.0e-9", "2.5e-9", "3.0e-9"]
+        );
+        assert_eq!(labels(0.0, 180.0), ["0", "50", "100", "150"]);
+        assert_eq!(labels(0.0, 4e6), ["0", "1e6", "2e6", "3e6", "4e6"]);
+        assert_eq!(labels(2.0, 2.0), ["2"]);
+    }
+
+    #[test]
+    fn a_constant_is_drawn_at_its_value() {
+        let chart = Chart {
+            curves: vec![Curve {
+                name: "lr".to_owned(),
+                points: vec![(1, 0.001), (2, 0.001)],
+            }],
+            ..Chart::default()
+        };
+        assert!(chart.svg().contains(">0.00100</text>"), "{}", chart.svg());
     }
 
     #[test]
