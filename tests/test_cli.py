@@ -315,6 +315,33 @@ def test_export_writes_tied_and_transposed_tensors_as_plain_ones(
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_export_of_named_tensors_reads_nothing_else(
+    run_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    # Damage in what was not asked for is not seen: its bytes are not read.
+    manifest = max((run_path / "checkpoints").iterdir())
+    checkpoint = _core.read_checkpoint(manifest)
+    moment = checkpoint.tree["optimizer"][0]["exp_avg"]
+    damage_bytes(run_path, checkpoint.read(moment.storage))
+    file = tmp_path / "out.safetensors"
+    assert call(capfd, "export", run_path, file, "--only", "model/w*t", "--only", "model/tied")[0] == 0
+    assert sorted(safetensors.load_file(file)) == ["model/tied", "model/weight"]
+    code, _, err = call(capfd, "export", run_path, file, "--force", "--only", "optimizer/0/exp_avg")
+    assert (code, "optimizer/0/exp_avg" in err) == (2, True)
+    code, _, err = call(capfd, "export", run_path, file, "--force", "--only", "model/w*t", "--only", "none*")
+    assert (code, "is called `none*`" in err) == (2, True)
+
+
+def damage_bytes(run_path: Path, found: bytes) -> None:
+    """Flip a bit where these bytes stand in a pack."""
+    for pack in (run_path / "objects").iterdir():
+        data = pack.read_bytes()
+        if found in data:
+            at = data.index(found)
+            pack.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
 def test_export_refuses_what_it_cannot_write(
     run_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,8 +13,8 @@ from test_state_tensors import everything
 from torch import nn
 
 from unbroken import _core
-from unbroken.errors import DamagedCheckpoint, UnbrokenError
-from unbroken.torch import export, snapshot
+from unbroken.errors import DamagedCheckpoint, InvalidArgument, UnbrokenError
+from unbroken.torch import export, snapshot, tensors
 
 
 def build(seed: int) -> dict[str, Any]:
@@ -105,3 +105,69 @@ def test_no_file_of_a_run_holds_a_pickle(tmp_path: Path) -> None:
         if file.is_file() and file.stat().st_size:
             with pytest.raises((ValueError, IndexError, UnicodeDecodeError)):
                 list(pickletools.genops(file.read_bytes()))
+
+
+def test_one_leaf_is_loaded_by_its_name_and_nothing_else_is_read(tmp_path: Path) -> None:
+    objects = build(1)
+    for number in range(3):
+        step(objects, number)
+    commit(tmp_path / "run", objects)
+    name = "objects/model/parameters/2.weight"
+    packs = list((tmp_path / "run" / "objects").iterdir())
+    taken = export.load(tmp_path / "run", only=name)
+    assert list(taken) == [name]
+    assert torch.equal(taken[name], objects["model"][2].weight)
+    assert isinstance(taken[name], torch.Tensor)
+    moments = export.load(tmp_path / "run", only=["objects/optimizer/state/*/exp_avg", "state/best"])
+    assert moments["state/best"] == 0.5
+    assert len(moments) == 1 + len(list(objects["model"].parameters()))
+    with pytest.raises(InvalidArgument, match="is called `objects/none`"):
+        export.load(tmp_path / "run", only=["state/*", "objects/none"])
+    # Every byte but those of the one leaf is damaged: it comes back, and its neighbours are refused.
+    wanted = bytes(objects["model"][2].weight.detach().view(torch.uint8).numpy())
+    for pack in packs:
+        header = 8 + int.from_bytes(pack.read_bytes()[:8], "little")
+        data = pack.read_bytes()
+        at = data.index(wanted, header)
+        rest = bytes(byte ^ 1 for byte in data)
+        pack.write_bytes(data[:header] + rest[header:at] + wanted + rest[at + len(wanted) :])
+    assert torch.equal(export.load(tmp_path / "run", only=name)[name], objects["model"][2].weight)
+    with pytest.raises(DamagedCheckpoint, match=r"0\.weight"):
+        export.load(tmp_path / "run", only="objects/model/parameters/0.weight")
+
+
+def test_damage_met_while_a_run_is_loaded_leads_to_the_next_older_checkpoint(tmp_path: Path) -> None:
+    objects = build(1)
+    path = tmp_path / "run"
+    with_step = []
+    for number in range(2):
+        step(objects, number)
+        commit(path, objects, number)
+        with_step.append(objects["model"][0].weight.detach().clone())
+    newest = {pack.stat().st_mtime_ns: pack for pack in (path / "objects").iterdir()}
+    pack = newest[max(newest)]
+    data = bytearray(pack.read_bytes())
+    data[-1] ^= 1
+    pack.write_bytes(data)
+    staging = tensors.Staging()
+    run = _core.Run.open(path, seed=1, settings={}, memory=staging)
+    assert [name[:9] for name, _ in run.rejected] == ["000000001"]
+    tree, loader = staging.taken()
+    weight = loader.tensor(tree["objects"]["model"]["parameters"]["0.weight"], path="w")
+    assert torch.equal(weight, with_step[0])
+    run.close()
+    with pytest.raises(DamagedCheckpoint):
+        _core.Run.open(path, seed=1, settings={}, strict=True, memory=tensors.Staging())
+
+
+def test_memory_that_cannot_be_lent_is_the_callers_error(tmp_path: Path) -> None:
+    commit(tmp_path / "run", build(1))
+
+    def refuse(checkpoint: _core.Checkpoint) -> list[tuple[int, int, int]]:
+        raise MemoryError(f"for {len(checkpoint.storages)} storages")
+
+    for _ in range(2):  # The lock is given back.
+        with pytest.raises(MemoryError, match="storages"):
+            _core.Run.open(tmp_path / "run", seed=1, settings={}, memory=refuse)
+    with pytest.raises(MemoryError, match="storages"):
+        _core.read_checkpoint(tmp_path / "run", memory=refuse)

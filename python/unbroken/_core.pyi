@@ -67,6 +67,12 @@ def digest_memory(regions: Sequence[tuple[int, int]]) -> bytes:
     Each region's length is hashed before its bytes. The caller keeps the memory alive and unchanged.
     """
 
+def copy_memory(copies: Sequence[tuple[int, int, int]]) -> None:
+    """Copy memory (from address, to address, length in bytes) on several threads, GIL released.
+
+    The caller keeps it alive and untouched. No two copies go to the same memory, and none comes from where one goes.
+    """
+
 def digest_bytes(*parts: bytes) -> bytes:
     """Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length."""
 
@@ -297,6 +303,7 @@ class Run:
         seed: int | None,
         settings: Mapping[str, str | int | float | bool],
         strict: bool = False,
+        memory: Lend | None = None,
     ) -> Run:
         """Open or create a run directory and take its lock.
 
@@ -305,6 +312,8 @@ class Run:
             seed: Seed of a new run; None draws one. A different seed than the recorded one raises `IdentityError`.
             settings: Recorded in run.toml at creation only.
             strict: Refuse a damaged newest checkpoint instead of falling back to the next older one.
+            memory: Where the bytes of `resumed_from` go while they are verified, so that nothing is read twice. Asked
+                again for an older checkpoint where one is damaged.
 
         Raises:
             RunLocked, FormatError, DamagedCheckpoint, StorageError.
@@ -436,8 +445,23 @@ class Run:
     def close(self) -> None:
         """Wait for a save that is under way, close the journal and give the lock back. Idempotent."""
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one)."""
+Lend: TypeAlias = Callable[[Checkpoint], Sequence[tuple[int, int, int]]]
+"""Memory for a checkpoint about to be read: (storage index, address, length in bytes), for any of its storages.
+
+It is lent until the call that it is given to returns, or asks again. The content is unspecified if that raises.
+"""
+
+def read_checkpoint(path: Path, *, memory: Lend | None = None) -> Checkpoint:
+    """Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).
+
+    With `memory` every byte is read, once; without, those of a run directory's.
+    """
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint for reading some of its tensors; none is read before it is asked for.
+
+    Of a run directory, the newest one whose manifest is whole and whose packs are there.
+    """
 
 def read_journal(path: Path) -> list[dict[str, Value]]:
     """Return the joined journal of a run directory, one dict a boundary.

@@ -43,7 +43,7 @@ from .policy import Keep, Policy, as_policy, walltime_deadline
 from .proving import Instructions
 from .saving import Mode, Saves
 from .stop import StopRequest
-from .torch import digests, environment, rng, shield, snapshot
+from .torch import digests, environment, rng, shield, snapshot, tensors
 from .torch.data import Session
 from .torch.watch import MODULE_WATCH_STEPS, Watch
 
@@ -225,7 +225,10 @@ class Run:
         self._objects: dict[str, Any] = {}
         self.track(**objects)
 
-        self._core = _core.Run.open(self.path, seed=seed, settings={"front": "pytorch"}, strict=strict)
+        staging = tensors.Staging()
+        self._core = _core.Run.open(
+            self.path, seed=seed, settings={"front": "pytorch"}, strict=strict, memory=staging
+        )
         self._saves = Saves(
             self._core,
             self._objects,
@@ -268,8 +271,11 @@ class Run:
             self._say(text)
         for name, why in self._core.rejected:
             self._say(f"checkpoint {name} is not whole and was passed over: {why}")
+        # Its tree, and what was read of it while it was verified, until it has been put back.
+        self._tree: dict[str, Any] = {}
+        self._loader: tensors.Loader | None = None
         if self._checkpoint is not None:
-            self._read_place(self._checkpoint)
+            self._read_place(self._checkpoint, *staging.taken())
         atexit.register(self._at_exit)
 
     # What the user asks.
@@ -469,8 +475,7 @@ class Run:
 
     # Starting: everything is checked before anything live is touched.
 
-    def _read_place(self, checkpoint: _core.Checkpoint) -> None:
-        tree = checkpoint.tree
+    def _read_place(self, checkpoint: _core.Checkpoint, tree: Any, loader: tensors.Loader) -> None:
         if not isinstance(tree, dict) or "run" not in tree:
             self._core.close()
             raise FormatError(
@@ -483,7 +488,12 @@ class Run:
         self._saved_loaders = dict(tree["loaders"])
         self._origins = dict(tree["untouched"]["origins"])
         self._recorded_identity = checkpoint.info.identity
-        self.state.update(snapshot.raise_plain(tree["state"], checkpoint, path="state"))
+        self._tree, self._loader = tree, loader
+        self.state.update(self._recorded_state())
+
+    def _recorded_state(self) -> dict[str, Any]:
+        assert self._checkpoint is not None, "something was recorded"
+        return snapshot.raise_plain(self._tree["state"], self._checkpoint, path="state", loader=self._loader)
 
     def _start(self, plan: dict[str, Any]) -> None:
         if self._closed:
@@ -508,7 +518,7 @@ class Run:
         checkpoint = self._checkpoint
         if checkpoint is not None:
             self._restore = snapshot.plan_restore(
-                self._objects, checkpoint.tree["objects"], checkpoint, allow=self._allowed
+                self._objects, self._tree["objects"], checkpoint, loader=self._loader, allow=self._allowed
             )
         self._started = True
         self._recorder.set_optimizers(digests.optimizers(self._objects))
@@ -579,7 +589,8 @@ class Run:
         self._trial = _Trial(changes, step + 1, until, newest.info.name)
         self._checkpoint = self._core.resumed_from
         assert self._checkpoint is not None, "a trial starts from a checkpoint"
-        self._read_place(self._checkpoint)
+        self._tree, self._loader = {}, None  # What was read of the newest is not needed.
+        self._read_place(self._checkpoint, self._checkpoint.tree, tensors.Loader(self._checkpoint))
 
     def _on_trial(self, phase: int) -> bool:
         """Tell whether this boundary is still one of a trial: what it could save is saved already."""
@@ -616,13 +627,14 @@ class Run:
 
     def _restore_all(self) -> None:
         """Put back everything, generators last. Called when no more of the user's or the loader's code comes before."""
-        checkpoint, plan = self._checkpoint, self._restore
-        assert checkpoint is not None and plan is not None, "a restore has a checkpoint and a plan"
+        plan, tree = self._restore, self._tree
+        assert plan is not None, "a restore has a plan"
+        recorded = self._recorded_state()
         plan.apply()
         self.state.clear()
-        self.state.update(snapshot.raise_plain(checkpoint.tree["state"], checkpoint, path="state"))
-        rng.restore({**checkpoint.tree["generators"], **checkpoint.tree["untouched"]["generators"]})
-        self._restore = None
+        self.state.update(recorded)
+        rng.restore({**tree["generators"], **tree["untouched"]["generators"]})
+        self._restore, self._tree, self._loader = None, {}, None
 
     def _record_restored(self) -> None:
         # Inside an accumulation window the partial gradients are part of the state: the journal shows that they are.
@@ -1122,22 +1134,25 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], *, only: str | Iterable[str] | None = None) -> dict[str, Any]:
     """Return a checkpoint's content as a plain dict of tensors and values, for other programs.
 
     Args:
         path: A run directory (its newest whole checkpoint), or one checkpoint's manifest.
+        only: Names of leaves as `unbroken show` lists them, or patterns such as `objects/model/*`. Nothing else is
+            read, nor looked at for damage.
 
     Returns:
-        {"objects": {...}, "state": {...}, "run": {...}, ...}; tensors on the CPU; values of types that this program
-        does not know as `unbroken.values.Record`.
+        {"objects": {...}, "state": {...}, "run": {...}, ...}; with `only`, each leaf by its name. Tensors are on the
+        CPU; values of types that this program does not know are `unbroken.values.Record`.
 
     Raises:
         DamagedCheckpoint, NoWholeCheckpoint, FormatError, StorageError.
+        InvalidArgument: No leaf has a name that was asked for.
     """
     from .torch import export
 
-    return export.load(path)
+    return export.load(path, only=only)
 
 
 __all__ = ["Keep", "Policy", "Run", "State", "load"]

@@ -506,7 +506,7 @@ class _Raising:
             return tuple(self.raise_(part, join_path(path, index)) for index, part in enumerate(value))
         if kind is dict:
             return {
-                self.raise_(key, path): self.raise_(part, join_path(path, _key_text(key)))
+                self.raise_(key, path): self.raise_(part, join_path(path, key_text(key)))
                 for key, part in value.items()
             }
         if kind is set:
@@ -675,7 +675,8 @@ class _Raising:
         return _raise_numpy(numpy, value, path)
 
 
-def _key_text(key: Value) -> object:
+def key_text(key: Value) -> object:
+    """Return what stands for a lowered key in a path."""
     return key.name if isinstance(key, Object) else key
 
 

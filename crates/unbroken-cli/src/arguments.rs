@@ -126,6 +126,9 @@ pub(crate) struct Export {
     /// Only names that start so, such as objects/model/; written without it
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
+    /// Only this name, or a pattern with * and ?; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub(crate) only: Vec<String>,
     /// Replace FILE if it exists
     #[arg(long)]
     pub(crate) force: bool,

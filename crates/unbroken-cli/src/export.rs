@@ -35,7 +35,7 @@ struct Item<'a> {
 pub(crate) fn run(command: &Export, streams: &mut Streams) -> Answer {
     check_name(&command.file)?;
     let checkpoint = target::open_checkpoint(&command.checkpoint, streams)?;
-    let items = plan(&checkpoint, &command.prefix)?;
+    let items = plan(&checkpoint, &command.prefix, &command.only)?;
     let header = header(&items, &checkpoint);
     let bytes = write(command, &checkpoint, &items, &header)?;
     let name = &checkpoint.info().name;
@@ -74,13 +74,18 @@ fn check_name(file: &Path) -> Result<(), Failure> {
 }
 
 /// Decides what goes into the file, and in which order: wide elements first, so that each tensor is aligned.
-fn plan<'a>(checkpoint: &'a Checkpoint, prefix: &str) -> Result<Vec<Item<'a>>, Failure> {
+fn plan<'a>(checkpoint: &'a Checkpoint, prefix: &str, only: &[String]) -> Result<Vec<Item<'a>>, Failure> {
     let mut items = Vec::new();
     let mut strange = Vec::new();
+    let mut unmatched: Vec<&String> = only.iter().collect();
     for leaf in leaves(checkpoint.tree()) {
         let (Value::Tensor(tensor), Some(name)) = (leaf.value, leaf.path.strip_prefix(prefix)) else {
             continue;
         };
+        if !only.is_empty() && !only.iter().any(|pattern| matches(pattern, &leaf.path)) {
+            continue;
+        }
+        unmatched.retain(|pattern| !matches(pattern, &leaf.path));
         let name = if name.is_empty() { &leaf.path } else { name };
         match (safetensors_dtype(&tensor.dtype), element_size(&tensor.dtype)) {
             (Some(dtype), Some(element_bytes)) => {
@@ -96,6 +101,13 @@ fn plan<'a>(checkpoint: &'a Checkpoint, prefix: &str) -> Result<Vec<Item<'a>>, F
             _ => strange.push((leaf.path, &tensor.dtype)),
         }
     }
+    if let Some(pattern) = unmatched.first() {
+        let name = &checkpoint.info().name;
+        return Err(
+            Failure::new(format!("no tensor in checkpoint {name} is called `{pattern}`"))
+                .hint("`unbroken show` lists the names"),
+        );
+    }
     if let Some((path, dtype)) = strange.first() {
         let others = strange.len() - 1;
         let more = if others == 0 {
@@ -106,7 +118,7 @@ fn plan<'a>(checkpoint: &'a Checkpoint, prefix: &str) -> Result<Vec<Item<'a>>, F
         return Err(Failure::new(format!(
             "`{path}`{more} is of dtype {dtype}, which .safetensors does not have"
         ))
-        .hint("choose other leaves with --prefix, or export to .pt from Python"));
+        .hint("choose other leaves with --prefix or --only, or export to .pt from Python"));
     }
     if items.is_empty() {
         let name = &checkpoint.info().name;
@@ -129,9 +141,36 @@ fn plan<'a>(checkpoint: &'a Checkpoint, prefix: &str) -> Result<Vec<Item<'a>>, F
             .map(|pair| pair[0].to_owned())
     } {
         return Err(Failure::new(format!("two tensors would be called `{twice}`"))
-            .hint("choose one of them with --prefix"));
+            .hint("choose one of them with --prefix or --only"));
     }
     Ok(items)
+}
+
+/// Whether a name is what a pattern describes: `*` stands for any text, `?` for one character.
+fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut at, mut place) = (0, 0);
+    let mut star = None; // The last star, and the place behind what it stands for so far.
+    while place < name.len() {
+        match pattern.get(at) {
+            Some('*') => {
+                star = Some((at, place));
+                at += 1;
+            }
+            Some(&wanted) if wanted == '?' || wanted == name[place] => {
+                at += 1;
+                place += 1;
+            }
+            _ => match &mut star {
+                Some((star, behind)) => {
+                    *behind += 1;
+                    (at, place) = (*star + 1, *behind);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|&rest| rest == '*')
 }
 
 /// The file's header: its length as u64, then JSON padded with spaces to a multiple of 8.
@@ -222,4 +261,20 @@ fn fill(
     }
     file.sync()?;
     Ok(file.written())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_text_and_a_question_mark_for_one_character() {
+        let name = "objects/model/parameters/layers.0.weight";
+        for pattern in [name, "*", "objects/*.weight", "*layers.?.w*", "*/*/*/*"] {
+            assert!(matches(pattern, name), "{pattern}");
+        }
+        for pattern in ["", "objects", "layers*", "*layers.?weight", "*.weight?", "?"] {
+            assert!(!matches(pattern, name), "{pattern}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
+use unbroken::run::Lend;
 use unbroken::store;
 
 use crate::error;
@@ -148,16 +149,9 @@ impl Checkpoint {
     }
 
     fn read_into(&self, py: Python<'_>, targets: &Bound<'_, PyAny>) -> PyResult<()> {
-        let targets: Vec<(usize, usize, usize)> = targets.extract()?;
-        let mut filled: Vec<(usize, &mut [u8])> = Vec::with_capacity(targets.len());
-        check_disjoint(py, &targets)?;
-        for (storage, address, length) in targets {
-            check_region(py, address, length)?;
-            // SAFETY: the caller of the Python function lends the memory until it returns (`_core.pyi`), and the
-            // regions do not overlap.
-            filled.push((storage, unsafe { write_to(address, length) }));
-        }
-        py.detach(|| self.checkpoint.read_into(filled))
+        // SAFETY: the caller of the Python function lends the memory until it returns (`_core.pyi`).
+        let targets = unsafe { targets_from_python(targets) }?;
+        py.detach(|| self.checkpoint.read_into(targets))
             .map_err(|failure| error::raise(py, &failure))
     }
 
@@ -174,6 +168,51 @@ impl Checkpoint {
             info.step,
             info.phase
         )
+    }
+}
+
+/// Reads (storage, address, length in bytes) and looks at the memory, of which no two may overlap.
+///
+/// # Safety
+///
+/// The memory is writable, and nothing else reads or writes it while the slices are used.
+unsafe fn targets_from_python<'m>(targets: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, &'m mut [u8])>> {
+    let py = targets.py();
+    let targets: Vec<(usize, usize, usize)> = targets.extract()?;
+    check_disjoint(py, &targets)?;
+    let look_at = |(storage, address, length)| {
+        check_region(py, address, length)?;
+        // SAFETY: the caller lends the memory, and the regions do not overlap.
+        Ok((storage, unsafe { write_to(address, length) }))
+    };
+    targets.into_iter().map(look_at).collect()
+}
+
+/// Calls `open` with what lends it memory: a Python function that is given each checkpoint about to be read.
+pub(crate) fn opened_into<T: Send>(
+    py: Python<'_>,
+    memory: Option<Py<PyAny>>,
+    open: impl FnOnce(Lend) -> unbroken::Result<T> + Send,
+) -> PyResult<T> {
+    let mut refused = None;
+    let mut lend = |checkpoint: &store::Checkpoint| {
+        let Some(memory) = &memory else {
+            return Ok(Vec::new());
+        };
+        let asked = Python::attach(|py| {
+            let targets = memory.bind(py).call1((Checkpoint::of(checkpoint.clone()),))?;
+            // SAFETY: the function lends the memory until the run is open or it is asked again (`_core.pyi`).
+            unsafe { targets_from_python(&targets) }
+        });
+        asked.map_err(|error| {
+            refused = Some(error);
+            unbroken::Error::invalid("no memory was lent for a checkpoint")
+        })
+    };
+    let outcome = py.detach(|| open(&mut lend));
+    match refused {
+        Some(error) => Err(error),
+        None => outcome.map_err(|failure| error::raise(py, &failure)),
     }
 }
 

@@ -44,9 +44,9 @@ mod module {
     #[pymodule_export]
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
-    use crate::memory::{digest_bytes, digest_memory};
+    use crate::memory::{copy_memory, digest_bytes, digest_memory};
     #[pymodule_export]
-    use crate::run::{Difference, Run, read_checkpoint, read_journal};
+    use crate::run::{Difference, Run, open_checkpoint, read_checkpoint, read_journal};
     #[pymodule_export]
     use crate::step::Recorder;
     #[pymodule_export]

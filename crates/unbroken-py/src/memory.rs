@@ -7,7 +7,7 @@ use std::slice;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
-use unbroken::Fingerprint;
+use unbroken::{Fingerprint, arena};
 
 use crate::error;
 
@@ -90,6 +90,30 @@ fn over_regions<T: Send>(regions: &Bound<'_, PyAny>, work: impl FnOnce(&[&[u8]])
 pub(crate) fn digest_memory<'py>(regions: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
     let digest = over_regions(regions, Fingerprint::of_regions)?;
     Ok(PyBytes::new(regions.py(), &digest.0))
+}
+
+/// Copy memory (from address, to address, length in bytes) on several threads, GIL released.
+#[pyfunction]
+pub(crate) fn copy_memory(py: Python<'_>, copies: &Bound<'_, PyAny>) -> PyResult<()> {
+    let copies: Vec<(usize, usize, usize)> = copies.extract()?;
+    let mut spans = Vec::with_capacity(copies.len());
+    for &(from, to, length) in &copies {
+        check_region(py, from, length)?;
+        check_region(py, to, length)?;
+        spans.push((to, length));
+    }
+    spans.sort_unstable();
+    if spans.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+        return Err(error::invalid(py, "two copies go to the same memory"));
+    }
+    // SAFETY: the caller of the Python function keeps all of it alive and untouched (`_core.pyi`), and no two copies go
+    // to the same memory.
+    let pairs = copies
+        .iter()
+        .map(|&(from, to, length)| unsafe { (look_at(from, length), write_to(to, length)) })
+        .collect();
+    py.detach(|| arena::copy_all(pairs));
+    Ok(())
 }
 
 /// Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length.

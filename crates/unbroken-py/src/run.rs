@@ -14,7 +14,7 @@ use unbroken::run::{self, Options};
 use unbroken::saver::{Outcome, Region, Save, Saver};
 use unbroken::store::{Best, Commit, Order, Retention};
 
-use crate::checkpoint::{Checkpoint, CheckpointInfo, pairs};
+use crate::checkpoint::{Checkpoint, CheckpointInfo, opened_into, pairs};
 use crate::error;
 use crate::memory::{check_region, look_at, regions_from_python};
 use crate::value::{fields_from_python, from_python};
@@ -74,13 +74,14 @@ pub(crate) struct Run {
 #[pymethods]
 impl Run {
     #[staticmethod]
-    #[pyo3(signature = (path, *, seed, settings, strict = false))]
+    #[pyo3(signature = (path, *, seed, settings, strict = false, memory = None))]
     fn open(
         py: Python<'_>,
         path: PathBuf,
         seed: Option<u64>,
         settings: &Bound<'_, PyAny>,
         strict: bool,
+        memory: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let options = Options {
             seed,
@@ -88,9 +89,7 @@ impl Run {
             strict,
             ..Options::default()
         };
-        let run = py
-            .detach(|| run::Run::open(&path, &options))
-            .map_err(|failure| error::raise(py, &failure))?;
+        let run = opened_into(py, memory, |lend| run::Run::open_into(&path, &options, lend))?;
         let run = Arc::new(run);
         Ok(Run {
             saver: Saver::new(Arc::clone(&run)),
@@ -369,9 +368,26 @@ fn confirmed(py: Python<'_>, asked: Py<PyAny>) -> bool {
 
 /// Open a checkpoint for reading, without a lock: a manifest's path, or a run directory (its newest whole one).
 #[pyfunction]
-pub(crate) fn read_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
+#[pyo3(signature = (path, *, memory = None))]
+pub(crate) fn read_checkpoint(
+    py: Python<'_>,
+    path: PathBuf,
+    memory: Option<Py<PyAny>>,
+) -> PyResult<Checkpoint> {
+    let checkpoint = if memory.is_some() {
+        opened_into(py, memory, |lend| run::read_checkpoint_into(&path, lend))?
+    } else {
+        py.detach(|| run::read_checkpoint(&path))
+            .map_err(|failure| error::raise(py, &failure))?
+    };
+    Ok(Checkpoint::of(checkpoint))
+}
+
+/// Open a checkpoint for reading some of its tensors; none is read before it is asked for.
+#[pyfunction]
+pub(crate) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
     let checkpoint = py
-        .detach(|| run::read_checkpoint(&path))
+        .detach(|| run::open_checkpoint(&path))
         .map_err(|failure| error::raise(py, &failure))?;
     Ok(Checkpoint::of(checkpoint))
 }

@@ -53,6 +53,10 @@ pub struct Options {
     pub tuning: Tuning,
 }
 
+/// Lends memory for what is about to be read of a checkpoint: (storage, memory of exactly its length), for any of its
+/// storages. Asked again where the checkpoint turns out to be damaged and an older one takes its place.
+pub type Lend<'a, 'm> = &'a mut dyn FnMut(&Checkpoint) -> Result<Vec<(usize, &'m mut [u8])>>;
+
 /// Who a run is, from its `run.toml`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
@@ -133,6 +137,12 @@ impl Run {
     /// `Locked`; `Identity` for another seed; `Format` for a directory that is no run or of an unknown version;
     /// `NoWholeCheckpoint`; with `strict` the damage of the newest one. Nothing is changed then.
     pub fn open(path: &Path, options: &Options) -> Result<Run> {
+        Run::open_into(path, options, &mut |_| Ok(Vec::new()))
+    }
+
+    /// Opens or creates a run like [`Run::open`]. While it reads every byte of the newest checkpoint it leaves them in
+    /// memory that it is lent, so that nothing is read twice: verified, if the run is opened, and unspecified if not.
+    pub fn open_into(path: &Path, options: &Options, lend: Lend) -> Result<Run> {
         check_settings(&options.settings)?;
         let opened = match DiskStorage::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -140,11 +150,16 @@ impl Run {
             }
             opened => opened.map_err(|error| Error::io("open directory", path, error))?,
         };
-        Run::open_on(Arc::new(opened), options)
+        Run::open_on_into(Arc::new(opened), options, lend)
     }
 
     /// Opens or creates a run on any storage. See [`Run::open`].
     pub fn open_on(storage: Arc<dyn Storage>, options: &Options) -> Result<Run> {
+        Run::open_on_into(storage, options, &mut |_| Ok(Vec::new()))
+    }
+
+    /// Opens or creates a run on any storage. See [`Run::open_into`].
+    pub fn open_on_into(storage: Arc<dyn Storage>, options: &Options, lend: Lend) -> Result<Run> {
         check_settings(&options.settings)?;
         let directory = Directory::new(storage);
         // Looked at before the lock's file is made: a directory that is not ours stays as it is.
@@ -156,13 +171,19 @@ impl Run {
             Nature::Run(config) => config,
             Nature::Fresh => create(&directory, options)?,
         };
-        Run::resume(directory, config, lock, options)
+        Run::resume(directory, config, lock, options, lend)
     }
 
     /// Finds the newest whole checkpoint and what the journal holds behind it.
-    fn resume(directory: Directory, config: Config, lock: Box<dyn Lock>, options: &Options) -> Result<Run> {
+    fn resume(
+        directory: Directory,
+        config: Config,
+        lock: Box<dyn Lock>,
+        options: &Options,
+        lend: Lend,
+    ) -> Result<Run> {
         let mut survey = store::survey(&directory, &config.id)?;
-        let resumed_from = choose(&mut survey)?;
+        let resumed_from = choose(&mut survey, lend)?;
         let boundary = resumed_from
             .as_ref()
             .map(|checkpoint| (checkpoint.info().step, checkpoint.info().phase));
@@ -614,10 +635,10 @@ fn closed() -> Error {
 }
 
 /// Takes the newest checkpoint of which every byte is as committed; those before it become rejected.
-fn choose(survey: &mut store::Survey) -> Result<Option<Checkpoint>> {
+fn choose(survey: &mut store::Survey, lend: Lend) -> Result<Option<Checkpoint>> {
     let mut damaged = 0;
     for checkpoint in &survey.whole {
-        match checkpoint.verify() {
+        match checkpoint.verify_into(lend(checkpoint)?) {
             Ok(()) => break,
             Err(error) if store::is_damage(&error) => {
                 let info = checkpoint.info();
@@ -900,6 +921,40 @@ pub fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
     if !path.is_dir() {
         return Checkpoint::open(path);
     }
+    read_checkpoint_into(path, &mut |_| Ok(Vec::new()))
+}
+
+/// Opens a checkpoint like [`read_checkpoint`] and reads every byte of it, once, into memory that it is lent.
+///
+/// # Errors
+///
+/// Those of [`read_checkpoint`], and damage of a manifest's tensors. The memory's content is unspecified then.
+pub fn read_checkpoint_into(path: &Path, lend: Lend) -> Result<Checkpoint> {
+    if !path.is_dir() {
+        let checkpoint = Checkpoint::open(path)?;
+        checkpoint.verify_into(lend(&checkpoint)?)?;
+        return Ok(checkpoint);
+    }
+    newest_whole(path, |survey| choose(survey, lend))
+}
+
+/// Opens a checkpoint for reading some of its tensors: a manifest's path, or a run directory, of which it takes the
+/// newest one whose manifest is whole and whose packs are there. None of its tensors is read before it is asked for.
+///
+/// # Errors
+///
+/// Those of [`read_checkpoint`].
+pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
+    if !path.is_dir() {
+        return Checkpoint::open(path);
+    }
+    newest_whole(path, |survey| Ok(survey.whole.first().cloned()))
+}
+
+fn newest_whole(
+    path: &Path,
+    choose: impl FnOnce(&mut store::Survey) -> Result<Option<Checkpoint>>,
+) -> Result<Checkpoint> {
     let (directory, config) = open_to_read(path)?;
     let mut survey = store::survey(&directory, &config.id)?;
     if let Some(checkpoint) = choose(&mut survey)? {

@@ -6,10 +6,11 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 
 use unbroken::Error;
+use unbroken::arena::Arena;
 use unbroken::storage::disk::DiskStorage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::storage::{Claim, Directory, Storage};
+use unbroken::storage::{Claim, DIRECT_ALIGNMENT, Directory, Storage};
 
 /// Runs a check on each storage, fresh.
 fn on_each(check: impl Fn(&Directory)) {
@@ -57,6 +58,34 @@ fn what_was_written_is_read_back_in_whole_and_in_part() {
         );
         assert_eq!(directory.list("").unwrap(), ["d"]);
         assert_eq!(directory.list("d").unwrap(), ["f"]);
+    });
+}
+
+#[test]
+fn what_is_read_past_the_cache_is_what_was_written_up_to_the_end_of_the_file() {
+    let bytes: Vec<u8> = (0..(1 << 20) + 77)
+        .map(|index| (index / 512 * 3 + index) as u8)
+        .collect();
+    on_each(|directory| {
+        put(directory, "f", &bytes);
+        let source = directory.open("f").unwrap();
+        // Whether it is cold is the system's to know; both ways give the same.
+        let _ = source.is_cold(0, bytes.len());
+        assert!(!source.is_cold(8 << 20, 1 << 20), "nothing is there");
+        let mut memory = Arena::new(2 << 20).unwrap();
+        let whole = bytes.len().next_multiple_of(DIRECT_ALIGNMENT);
+        source
+            .read_past_cache(0, &mut memory.bytes_mut()[..whole], bytes.len())
+            .unwrap();
+        assert!(memory.bytes()[..bytes.len()] == bytes);
+        let tail = (1 << 20) - DIRECT_ALIGNMENT;
+        let part = &mut memory.bytes_mut()[..2 * DIRECT_ALIGNMENT];
+        source
+            .read_past_cache(tail as u64, part, DIRECT_ALIGNMENT + 77)
+            .unwrap();
+        assert!(part[..DIRECT_ALIGNMENT + 77] == bytes[tail..]);
+        let beyond = source.read_past_cache(tail as u64, part, DIRECT_ALIGNMENT + 78);
+        assert_eq!(kind(&beyond.unwrap_err()), ErrorKind::UnexpectedEof);
     });
 }
 

@@ -6,9 +6,10 @@ Touches: `load` reads a checkpoint; `write_pt` writes one file, atomically. Neit
 from __future__ import annotations
 
 import collections
+import fnmatch
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,28 +18,65 @@ import torch
 from unbroken import _core, values
 from unbroken._core import Object
 from unbroken._core import Tensor as Leaf
-from unbroken.errors import StorageError
+from unbroken.errors import InvalidArgument, StorageError
 from unbroken.torch import tensors
-from unbroken.torch.tensors import Loader
+from unbroken.torch.tensors import Loader, Staging
 
 if TYPE_CHECKING:
     from unbroken._core import Checkpoint, Value
 
 
-def load(path: str | os.PathLike[str], *, missing: values.Missing = "record") -> dict[str, Any]:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    only: str | Iterable[str] | None = None,
+    missing: values.Missing = "record",
+) -> dict[str, Any]:
     """Return a checkpoint's content as a plain dict of tensors and values.
 
     Args:
         path: A run directory (its newest whole checkpoint), or one checkpoint's manifest.
+        only: Names of leaves, or patterns with `*`, `?` and `[...]`, as `unbroken show` lists them. Nothing else is
+            read, and of a run directory the newest checkpoint whose manifest and packs are there is taken.
         missing: What to do with types that this program has not imported: put a `Record` in their place, or raise.
 
     Returns:
-        The tree as saved, with tensors on the CPU; each has the strides it had, and tied ones share memory.
+        The tree as saved, with tensors on the CPU; each has the strides it had, and tied ones share memory. With
+        `only` each leaf by its name.
 
     Raises:
         DamagedCheckpoint, NoWholeCheckpoint, FormatError, StorageError.
+        InvalidArgument: No leaf has a name that was asked for.
     """
-    return plain(_core.read_checkpoint(Path(path)), missing=missing)
+    if only is not None:
+        return _load_leaves(Path(path), [only] if isinstance(only, str) else list(only), missing)
+    staging = Staging()
+    _core.read_checkpoint(Path(path), memory=staging)
+    tree, loader = staging.taken()
+    return values.raise_(tree, path="", extend=tensors.extend_raise(loader), missing=missing)
+
+
+def _load_leaves(path: Path, patterns: list[str], missing: values.Missing) -> dict[str, Any]:
+    checkpoint = _core.open_checkpoint(path)
+    unmatched = set(patterns)
+    chosen: dict[str, Value] = {}
+    for name, value in tensors.find(checkpoint.tree):
+        matching = [p for p in patterns if p == name or fnmatch.fnmatchcase(name, p)]
+        unmatched.difference_update(matching)
+        if matching:
+            chosen[name] = value
+    if unmatched:
+        raise InvalidArgument(
+            f"no leaf of checkpoint {checkpoint.info.name} is called `{min(unmatched)}`",
+            hint="`unbroken show` lists the names",
+        )
+    loader = Loader(checkpoint)
+    loader.prepare(chosen)
+    extend = tensors.extend_raise(loader)
+    return {
+        name: values.raise_(value, path=name, extend=extend, missing=missing)
+        for name, value in chosen.items()
+    }
 
 
 def plain(checkpoint: Checkpoint, *, missing: values.Missing = "record") -> dict[str, Any]:

@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import re
 import threading
@@ -27,7 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from unbroken import values
+from unbroken import _core, values
 from unbroken._core import Object
 from unbroken._core import Tensor as Leaf
 from unbroken.errors import UnsupportedState
@@ -307,6 +308,7 @@ class _Placement:
         self.path = path
         self.fixed = fixed  # Parameters: never rebound.
         self.in_place = fixed
+        self.written = False
 
     def live_key(self) -> tuple[Any, int]:
         return (str(self.live.device), self.live.untyped_storage().data_ptr())
@@ -719,7 +721,8 @@ class Restorer:
 
         def make() -> Any:
             if placement.in_place:
-                tensors.write(live, self.loader.tensor(leaf, path=path))
+                if not placement.written:
+                    tensors.write(live, self.loader.tensor(leaf, path=path))
                 if not fixed and live.is_leaf:
                     live.requires_grad_(bool(leaf.attrs.get("requires_grad", False)))
                 return live
@@ -774,6 +777,30 @@ class Restorer:
                 return tensors._dress(made, leaf.attrs, placement.path)
         device = self._device(leaf, placement.path)
         return tensors.raise_leaf(self.loader, leaf, placement.path, device=device)
+
+    def copy_bytes(self) -> None:
+        """Write all live tensors at once whose bytes are simply to be copied. Those that share memory are left."""
+        found: dict[int, tuple[int, int, list[_Placement]]] = {}
+        for item in self._placements:
+            source = self.loader.source_of(item.leaf, item.live) if item.in_place else None
+            if source is not None:
+                origin, to, length = source
+                known = found.setdefault(to, (origin, length, []))
+                if known[:2] == (origin, length):
+                    known[2].append(item)
+                else:
+                    known[2].clear()
+        ordered = sorted(found.items())
+        for (to, (_, length, items)), (following, (_, _, others)) in itertools.pairwise(ordered):
+            if to + length > following:
+                items.clear()
+                others.clear()
+        copies = [(origin, to, length) for to, (origin, length, items) in ordered if items]
+        _core.copy_memory(copies)
+        written = [item for _, (_, _, items) in ordered for item in items]
+        torch.autograd.graph.increment_version([item.live for item in written])
+        for item in written:
+            item.written = True
 
     def settle(self) -> None:
         """Decide which tensors are written in place: those whose memory is shared now as it was when saved.

@@ -192,10 +192,12 @@ def _holds_optimizer(item: object) -> bool:
 class RestorePlan:
     """What brings the live objects to a checkpoint's state; everything has been checked and read."""
 
+    restorer: Restorer
     actions: list[Callable[[], object]] = field(default_factory=list)
 
     def apply(self) -> None:
         """Write the state into the live objects."""
+        self.restorer.copy_bytes()
         for action in self.actions:
             action()
 
@@ -205,6 +207,7 @@ def plan_restore(
     tree: Value,
     checkpoint: Checkpoint,
     *,
+    loader: Loader | None = None,
     allow: Callable[[str], bool] = lambda name: False,
 ) -> RestorePlan:
     """Check live objects against a checkpoint and read what is needed. Touches no live object.
@@ -213,6 +216,7 @@ def plan_restore(
         objects: The live objects by name, as constructed.
         tree: What `capture` made of them.
         checkpoint: Where the tensors are.
+        loader: Has what was read of the checkpoint. Its memory becomes that of tensors that do not exist yet.
         allow: Tells by name which differences are passed over. Of hyper-parameters that differ and are allowed,
             the program's value stays; all other state comes from the checkpoint.
 
@@ -221,7 +225,7 @@ def plan_restore(
             strides, or lost a tie; objects that are not tracked any more.
         DamagedCheckpoint: Bytes differ from those committed.
     """
-    loader = Loader(checkpoint)
+    loader = loader or Loader(checkpoint)
     loader.prepare(tree)
     names = names_of(objects)
     restorer = Restorer(names, loader, keep=_overrides(objects, checkpoint, allow), allow=allow)
@@ -230,7 +234,7 @@ def plan_restore(
             restorer.differs(name, f"tracked ({tree[name]['kind']})", "absent")
         elif name not in tree:
             restorer.differs(name, "absent", f"tracked ({values.type_name(type(objects[name]))})")
-    plan = RestorePlan()
+    plan = RestorePlan(restorer)
     for name in _in_order(objects):
         if name in tree:
             plan.actions.append(_plan_one(restorer, name, objects[name], tree[name]))
@@ -322,10 +326,9 @@ def _plan_container(restorer: Restorer, name: str, item: Any, value: Value) -> C
     return apply
 
 
-def raise_plain(value: Value, checkpoint: Checkpoint, *, path: str) -> Any:
+def raise_plain(value: Value, checkpoint: Checkpoint, *, path: str, loader: Loader | None = None) -> Any:
     """Return plain values that `capture` lowered along with the objects; tensors as copies on the CPU."""
-    loader = Loader(checkpoint)
-    loader.prepare(value)
+    loader = (loader or Loader(checkpoint)).copied(value)
     return values.raise_(value, path=path, extend=tensors.extend_raise(loader))
 
 

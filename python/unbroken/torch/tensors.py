@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import Buffer, Parameter, is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from unbroken import values
+from unbroken import _core, values
 from unbroken._core import Object
 from unbroken._core import Tensor as Leaf
 from unbroken.errors import FormatError, UnsupportedState
@@ -32,6 +33,25 @@ WHOLE_FROM = 0.5
 
 ARRAY_INLINE_BYTES = 4096
 """numpy arrays up to this size stay in the tree; larger ones become storages."""
+
+_PLAIN = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    )
+}
+"""Dtypes of which an empty tensor is nothing special."""
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -361,7 +381,7 @@ def lower_constant(value: Any, storages: Storages) -> Any:
 
 
 class Loader:
-    """A checkpoint's storages in scratch memory, verified; tensors that view them.
+    """A checkpoint's storages in memory of their own, verified; tensors that view them.
 
     Tensors of one storage share memory here as they did when it was saved. Each call gives new tensor objects.
 
@@ -372,35 +392,91 @@ class Loader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._lengths = [length for length, _ in checkpoint.storages]
-        self._scratch: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, torch.Tensor] = {}
+        # Storages whose memory was made as the one tensor that it is, and that tensor's look.
+        self._looks: dict[int, _Look] = {}
         self._devices: dict[tuple[int, str], torch.UntypedStorage] = {}
 
+    def lend(self, tree: Value) -> list[tuple[int, int, int]]:
+        """Make memory for all storages that a tree refers to, for somebody else to fill with verified bytes.
+
+        Returns:
+            (storage, address, length in bytes) of what is not here yet.
+
+        Raises:
+            FormatError: A leaf refers to a storage that is not there.
+        """
+        return self._lend({leaf.storage: leaf for leaf in leaves(tree)})
+
+    def _lend(self, wanted: dict[int, Leaf | None]) -> list[tuple[int, int, int]]:
+        targets = []
+        for index in sorted(index for index in wanted if index not in self._memory):
+            if index >= len(self._lengths):
+                raise FormatError(f"a leaf refers to storage {index} of {len(self._lengths)}")
+            length = self._lengths[index]
+            look = _Look.of(wanted[index], length)
+            if look is None:
+                memory = torch.empty(length, dtype=torch.uint8)
+            else:
+                memory = torch.empty_strided(look.shape, look.strides, dtype=_PLAIN[look.dtype])
+                self._looks[index] = look
+            self._memory[index] = memory
+            if length:
+                targets.append((index, memory.data_ptr(), length))
+        return targets
+
     def prepare(self, tree: Value) -> None:
-        """Read all storages that a tree refers to, in one go.
+        """Read all storages that a tree refers to and that are not here yet, in one go.
 
         Raises:
             DamagedCheckpoint: Bytes differ from those committed.
             FormatError: A leaf refers to a storage that is not there.
         """
-        self.prepare_indices(leaf.storage for leaf in leaves(tree))
+        self._read(self.lend(tree))
 
-    def prepare_indices(self, indices: Iterable[int]) -> None:
-        """Read storages by index, those already here excepted."""
-        targets = []
-        for index in sorted(set(indices) - self._scratch.keys()):
-            if index >= len(self._lengths):
-                raise FormatError(f"a leaf refers to storage {index} of {len(self._lengths)}")
-            scratch = torch.empty(self._lengths[index], dtype=torch.uint8)
-            self._scratch[index] = scratch
-            if self._lengths[index]:
-                targets.append((index, scratch.data_ptr(), self._lengths[index]))
+    def _read(self, targets: list[tuple[int, int, int]]) -> None:
         if targets:
             try:
                 self._checkpoint.read_into(targets)
             except BaseException:
                 for index, _, _ in targets:
-                    del self._scratch[index]
+                    del self._memory[index]
+                    self._looks.pop(index, None)
                 raise
+
+    def copied(self, tree: Value) -> Loader:
+        """Return a loader with copies of the storages that a tree refers to."""
+        self.prepare(tree)
+        other = Loader(self._checkpoint)
+        copies = other.lend(tree)
+        # As bytes: torch's own copy of a bool makes it 0 or 1.
+        _core.copy_memory([(self._memory[index].data_ptr(), to, length) for index, to, length in copies])
+        return other
+
+    def source_of(self, leaf: Leaf, live: torch.Tensor) -> tuple[int, int, int] | None:
+        """Return (from address, to address, length in bytes) if copying bytes brings a live tensor to a leaf.
+
+        None where elements have to be copied one by one, or layouts differ.
+        """
+        dtype = _PLAIN.get(leaf.dtype)
+        plain = (
+            dtype is live.dtype
+            and type(live) in (torch.Tensor, Parameter)
+            and live.device.type == "cpu"
+            and not (live.is_inference() or live.is_conj() or live.is_neg())
+            and _SPECIAL.isdisjoint(leaf.attrs)
+            and same_layout(live, leaf)
+            and (
+                live.is_contiguous() or (live.dim() == 4 and live.is_contiguous(memory_format=_CHANNELS_LAST))
+            )
+        )
+        if not plain or live.numel() == 0:
+            return None
+        self._read(self._lend({leaf.storage: None}))
+        start, length = leaf.offset * live.element_size(), live.numel() * live.element_size()
+        if start + length > self._lengths[leaf.storage]:
+            return None
+        return self._memory[leaf.storage].data_ptr() + start, live.data_ptr(), length
 
     def bytes_of(self, leaf: Leaf) -> bytes:
         """Return a dense uint8 leaf's bytes."""
@@ -417,11 +493,19 @@ class Loader:
         Raises:
             FormatError: The leaf does not fit its storage, or its dtype is not one of torch's.
         """
+        strides, shape = leaf.strides, leaf.shape
+        look = self._looks.get(leaf.storage)
+        if (
+            look is not None
+            and (look.dtype, look.shape, look.strides, 0) == (leaf.dtype, shape, strides, leaf.offset)
+            and (device is None or device.type == "cpu")
+            and _SPECIAL.isdisjoint(leaf.attrs)
+        ):
+            return self._memory[leaf.storage].data
         dtype = _CONSTANTS.get(f"torch.{leaf.dtype}")
         if not isinstance(dtype, torch.dtype):
             raise FormatError(f"`{path}` has the dtype `{leaf.dtype}`, which this torch does not have")
-        self.prepare_indices([leaf.storage])
-        strides, shape = leaf.strides, leaf.shape
+        self._read(self._lend({leaf.storage: None}))
         if len(strides) != len(shape) or any(stride < 0 for stride in strides):
             raise FormatError(f"`{path}` has strides that torch cannot have")
         elements = leaf.offset + _span_elements(shape, strides)
@@ -441,13 +525,61 @@ class Loader:
         return made.conj() if attrs.get("conj") else _neg_view(made) if attrs.get("neg") else made
 
     def _storage(self, index: int, device: torch.device) -> torch.UntypedStorage:
-        host = self._scratch[index].untyped_storage()
+        host = self._memory[index].untyped_storage()
         if device.type == "cpu":
             return host
         key = (index, str(device))
         if key not in self._devices:
-            self._devices[key] = self._scratch[index].to(device).untyped_storage()
+            self._devices[key] = self._memory[index].to(device).untyped_storage()
         return self._devices[key]
+
+
+class Staging:
+    """Memory for the checkpoint that is opened: its bytes are left there while they are verified, and read once."""
+
+    def __init__(self) -> None:
+        self._tree: Value = None
+        self._loader: Loader | None = None
+
+    def __call__(self, checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
+        """Return memory for a checkpoint about to be read, giving up what was for another one before."""
+        self._loader = None
+        self._tree = checkpoint.tree
+        self._loader = Loader(checkpoint)
+        return self._loader.lend(self._tree)
+
+    def taken(self) -> tuple[Value, Loader]:
+        """Return the tree of the checkpoint that was opened, and the loader that has its bytes."""
+        assert self._loader is not None, "a checkpoint was opened"
+        return self._tree, self._loader
+
+
+_SPECIAL = frozenset({"quantizer", "conj", "neg", "strides"})
+"""Attributes of leaves whose elements are not simply those of their storage."""
+
+_CHANNELS_LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a tensor is that is its whole storage, each byte of it once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(leaf: Leaf | None, length: int) -> _Look | None:
+        if leaf is None or leaf.offset or leaf.dtype not in _PLAIN or not _SPECIAL.isdisjoint(leaf.attrs):
+            return None
+        shape, strides = leaf.shape, leaf.strides
+        expected = 1
+        for size, stride in zip(reversed(shape), reversed(strides), strict=False):
+            if stride != expected:
+                return None
+            expected *= size
+        whole = len(shape) == len(strides) and expected * _PLAIN[leaf.dtype].itemsize == length > 0
+        return _Look(leaf.dtype, shape, strides) if whole else None
 
 
 def view_storage(
@@ -572,6 +704,21 @@ def leaves(tree: Value) -> Iterator[Leaf]:
             stack.extend(value.values())
         elif isinstance(value, list | tuple | set | frozenset):
             stack.extend(value)
+
+
+def find(tree: Value, path: str = "") -> Iterator[tuple[str, Value]]:
+    """Yield (path, value) of each part of a tree that has no parts with paths of their own."""
+    if isinstance(tree, dict) and tree:
+        parts: Iterable[tuple[object, Value]] = ((values.key_text(key), part) for key, part in tree.items())
+    elif isinstance(tree, list | tuple) and tree:
+        parts = enumerate(tree)
+    elif isinstance(tree, Object) and tree.fields:
+        parts = tree.fields.items()
+    else:
+        yield path, tree
+        return
+    for key, part in parts:
+        yield from find(part, values.join_path(path, key))
 
 
 def write(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -3,10 +3,12 @@
 //! Touches: one directory, through a handle that was opened once; it may be moved meanwhile. Below it no symbolic
 //! link is followed and nothing but plain files is opened, so that a stranger's directory leads nowhere else.
 
+use std::ffi::c_void;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,15 +16,13 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::{Claim, Input, Output, Storage, lock, split};
+use super::{Claim, DIRECT_ALIGNMENT, Input, Output, Storage, lock, split};
 
 /// Permissions before the user's umask.
 const FILE_MODE: Mode = Mode::from_raw_mode(0o666);
 const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o777);
 
-/// What the address, the place in the file and the length of a write past the page cache are multiples of.
-pub const DIRECT_ALIGNMENT: usize = 4096;
-/// Shorter writes go through the page cache: they are few, and one sync takes them all.
+/// Shorter transfers go through the page cache: they are few, and one sync takes all writes among them.
 const DIRECT_FROM: usize = 256 << 10;
 
 /// A directory on disk.
@@ -263,7 +263,7 @@ impl Storage for DiskStorage {
             opened => opened?,
         };
         match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
-            FileType::RegularFile => Ok(Box::new(DiskFile(fd))),
+            FileType::RegularFile => Ok(Box::new(DiskFile::new(fd))),
             FileType::Directory => Err(not_plain("a directory")),
             _ => Err(not_plain("a device, pipe or socket")),
         }
@@ -390,25 +390,21 @@ impl DiskOutput {
         if !suits {
             return None;
         }
-        self.direct.get_or_init(|| open_direct(&self.fd)).as_ref()
+        let open = || open_direct(&self.fd, OFlags::WRONLY);
+        self.direct.get_or_init(open).as_ref()
     }
 }
 
-/// Opens an open file again, for writes past the page cache.
+/// Opens an open file again, for transfers past the page cache.
 #[cfg(target_os = "linux")]
-fn open_direct(fd: &OwnedFd) -> Option<OwnedFd> {
+fn open_direct(fd: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
     let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    rustix::fs::openat(
-        CWD,
-        name,
-        OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .ok()
+    let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, name, flags, Mode::empty()).ok()
 }
 
 #[cfg(not(target_os = "linux"))]
-fn open_direct(_fd: &OwnedFd) -> Option<OwnedFd> {
+fn open_direct(_fd: &OwnedFd, _access: OFlags) -> Option<OwnedFd> {
     None
 }
 
@@ -439,16 +435,121 @@ impl Output for DiskOutput {
     }
 }
 
-/// A file being read.
+/// A file being read: through the page cache, and past it what that does not have.
 #[derive(Debug)]
-struct DiskFile(OwnedFd);
+struct DiskFile {
+    fd: OwnedFd,
+    direct: OnceLock<Option<OwnedFd>>,
+    /// A file system that opens a file for direct reads may still refuse them.
+    refused: AtomicBool,
+    view: OnceLock<Option<View>>,
+}
+
+impl DiskFile {
+    fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            direct: OnceLock::new(),
+            refused: AtomicBool::new(false),
+            view: OnceLock::new(),
+        }
+    }
+
+    fn direct(&self) -> Option<&OwnedFd> {
+        if self.refused.load(Ordering::Relaxed) {
+            return None;
+        }
+        let open = || open_direct(&self.fd, OFlags::RDONLY);
+        self.direct.get_or_init(open).as_ref()
+    }
+}
 
 impl Input for DiskFile {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::pread(&self.0, into, offset)?)
+        Ok(rustix::io::pread(&self.fd, into, offset)?)
+    }
+
+    fn is_cold(&self, offset: u64, length: usize) -> bool {
+        length >= DIRECT_FROM
+            && self.direct().is_some()
+            && self
+                .view
+                .get_or_init(|| View::of(&self.fd).ok())
+                .as_ref()
+                .is_some_and(|view| view.is_absent(offset, length))
+    }
+
+    fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(direct) = self.direct() {
+            match rustix::io::pread(direct, &mut *into, offset) {
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => self.refused.store(true, Ordering::Relaxed),
+                outcome => return Ok(outcome?),
+            }
+        }
+        self.read_at(offset, into)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(u64::try_from(rustix::fs::fstat(&self.0)?.st_size).unwrap_or(0))
+        Ok(u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(0))
+    }
+}
+
+/// A mapping of a file that is only asked which of its pages are in the page cache. Its bytes are never looked at.
+#[derive(Debug)]
+struct View {
+    start: NonNull<c_void>,
+    length: usize,
+}
+
+// SAFETY: the mapping belongs to the process, and nothing is read or written through it.
+unsafe impl Send for View {}
+// SAFETY: as above.
+unsafe impl Sync for View {}
+
+/// Places of a part that are asked about.
+const SAMPLES: usize = 4;
+
+impl View {
+    fn of(fd: &OwnedFd) -> io::Result<View> {
+        let too_long = |_| io::Error::from(io::ErrorKind::OutOfMemory);
+        let length = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(too_long)?;
+        // SAFETY: a new mapping, at an address that the kernel picks, takes nobody else's memory.
+        let start = unsafe {
+            let flags = rustix::mm::MapFlags::SHARED;
+            rustix::mm::mmap(ptr::null_mut(), length, rustix::mm::ProtFlags::READ, flags, fd, 0)?
+        };
+        let start = NonNull::new(start).expect("a mapping is not at address 0");
+        Ok(View { start, length })
+    }
+
+    /// Whether most of a part is not in the page cache. Where that is not told, because the file is somebody else's,
+    /// everything counts as being there.
+    fn is_absent(&self, offset: u64, length: usize) -> bool {
+        let Ok(offset) = usize::try_from(offset) else {
+            return false;
+        };
+        let step = length / SAMPLES;
+        let absent = |sample: &usize| !self.has(offset + sample * step);
+        (0..SAMPLES).filter(absent).count() > SAMPLES / 2
+    }
+
+    fn has(&self, offset: usize) -> bool {
+        let page = rustix::param::page_size();
+        let first = offset / page * page;
+        if first >= self.length {
+            return true;
+        }
+        let mut there = 0u8;
+        // SAFETY: one page of the mapping, and one byte for the answer about it.
+        let outcome =
+            unsafe { libc::mincore(self.start.as_ptr().byte_add(first), 1, (&raw mut there).cast()) };
+        outcome != 0 || there & 1 == 1
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: the whole mapping, which nothing uses any more.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr(), self.length) };
     }
 }

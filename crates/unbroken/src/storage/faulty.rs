@@ -273,6 +273,14 @@ impl Input for FaultyInput {
         whole(&self.plan, "read", || self.input.read_at(offset, into))
     }
 
+    fn is_cold(&self, offset: u64, length: usize) -> bool {
+        self.input.is_cold(offset, length)
+    }
+
+    fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        whole(&self.plan, "read", || self.input.read_past_cache(offset, into))
+    }
+
     fn len(&self) -> io::Result<u64> {
         whole(&self.plan, "measure", || self.input.len())
     }

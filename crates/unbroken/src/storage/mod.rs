@@ -17,6 +17,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
+/// What the address, the place in the file and the length of a read or write past the system's cache are multiples of.
+pub const DIRECT_ALIGNMENT: usize = 4096;
+
 /// One file being written, at any position, from any thread.
 pub trait Output: Send + Sync + fmt::Debug {
     /// Writes some of `bytes` at `offset` and returns how many; may be fewer, may be interrupted.
@@ -44,6 +47,18 @@ pub trait Output: Send + Sync + fmt::Debug {
 pub trait Input: Send + Sync + fmt::Debug {
     /// Reads some bytes at `offset` and returns how many; 0 at the end of the file.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize>;
+
+    /// Whether this part comes faster past the system's cache, which does not have it. Costs little.
+    fn is_cold(&self, offset: u64, length: usize) -> bool {
+        let _ = (offset, length);
+        false
+    }
+
+    /// Reads like [`Input::read_at`], past the system's cache where that can be. The memory's address and length and
+    /// the place in the file are multiples of [`DIRECT_ALIGNMENT`].
+    fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        self.read_at(offset, into)
+    }
 
     /// Returns the length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -485,6 +500,27 @@ impl Source {
                 outcome => outcome,
             };
             done += self.directory.told("read", &self.name, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// Whether this part comes faster past the system's cache, which does not have it.
+    pub fn is_cold(&self, offset: u64, length: usize) -> bool {
+        self.input.is_cold(offset, length)
+    }
+
+    /// Fills the first `needed` bytes of `into` from `offset` on, past the system's cache where that can be. Address and
+    /// length of the memory, and `offset`, are multiples of [`DIRECT_ALIGNMENT`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Source::read_exact_at`].
+    pub fn read_past_cache(&self, offset: u64, into: &mut [u8], needed: usize) -> Result<()> {
+        let outcome = uninterrupted(|| self.input.read_past_cache(offset, into));
+        let done = self.directory.told("read", &self.name, outcome)?;
+        if done < needed {
+            // Cut short, at a place that may not be aligned; or the end of the file, which is told there.
+            return self.read_exact_at(offset + done as u64, &mut into[done..needed]);
         }
         Ok(())
     }

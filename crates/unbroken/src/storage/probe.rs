@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::disk::{DIRECT_ALIGNMENT, DiskStorage};
-use super::{Claim, Storage, lock};
+use super::disk::DiskStorage;
+use super::{Claim, DIRECT_ALIGNMENT, Storage, lock};
 
 /// Bytes that are written to see how fast it goes.
 const BULK: usize = 64 << 20;

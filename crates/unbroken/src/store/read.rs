@@ -1,40 +1,200 @@
 //! Reading a checkpoint's bytes: every byte that is handed out was hashed on its way.
 //!
-//! Touches: packs, read only. Works on several threads where there is much to read, also within one storage.
+//! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it. Then several
+//! threads take the next piece: straight into its memory where the system's cache has it, past that cache and from
+//! there into its memory where not. What is hashed is what lies in that memory afterwards.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Checkpoint, OBJECTS, leaf_of};
+use crate::arena::{Arena, bring_in};
 use crate::digest::{Assembly, Digest, GROUP};
 use crate::error::{Error, Result};
 use crate::format::manifest::{PackEntry, StorageEntry};
 use crate::format::pack;
-use crate::storage::{Directory, Source, zeros};
+use crate::storage::{DIRECT_ALIGNMENT, Directory, Source, zeros};
 
-/// Bytes read and hashed at a time: small enough to be in the cache when they are hashed.
-const PIECE: usize = 8 * GROUP;
+/// Bytes that are read at a time: enough for a disk to be at its best, few enough to be in a cache when they are hashed.
+const PIECE: usize = 16 * GROUP;
+/// Bytes between two parts that are read along, because one read costs less than two.
+const GAP: u64 = 16 << 10;
 /// Below this many bytes, starting threads costs more than it gains.
 const WORTH_THREADS: u64 = 4 << 20;
 /// Most threads that read or hash.
 const MAX_THREADS: usize = 8;
+/// As many reads are under way at least, however few cores there are.
+const IN_FLIGHT: usize = 4;
 
-/// Where one storage's bytes go.
+/// Where bytes go.
 enum Target<'a> {
-    /// Into memory of the storage's length.
+    /// Into memory of their length.
     Memory(&'a mut [u8]),
     /// Nowhere: only their digest matters.
     Nowhere,
 }
 
-/// A part of one storage that is read and hashed at once.
-struct Piece<'a> {
-    /// Which of the targets.
-    target: usize,
-    /// Which piece of it.
-    index: usize,
+impl<'a> Target<'a> {
+    /// Cuts off what the first `length` bytes go to.
+    fn cut_off(&mut self, length: usize) -> Target<'a> {
+        match self {
+            Target::Nowhere => Target::Nowhere,
+            Target::Memory(memory) => {
+                let (first, rest) = std::mem::take(memory).split_at_mut(length);
+                *memory = rest;
+                Target::Memory(first)
+            }
+        }
+    }
+}
+
+/// Bytes of a file that are wanted, and hashed together.
+struct Wanted<'a> {
+    /// Which of the files.
+    source: usize,
+    offset: u64,
+    length: u64,
     bytes: Target<'a>,
+}
+
+/// Whole groups of what is wanted; its last group may be short.
+struct Part<'a> {
+    /// Which of those wanted.
+    index: usize,
+    /// Number of its first group.
+    group: usize,
+    /// Where it begins in its piece.
+    at: usize,
+    length: usize,
+    bytes: Target<'a>,
+}
+
+/// Parts that lie close to each other in one file and are read at once.
+struct Piece<'a> {
+    source: usize,
+    start: u64,
+    length: usize,
+    parts: Vec<Part<'a>>,
+}
+
+impl Piece<'_> {
+    /// How many of `left` bytes from `offset` on it can take: all, or whole groups, or none.
+    fn room(&self, source: usize, offset: u64, left: u64) -> usize {
+        let near = self.start..=self.start + self.length as u64 + GAP;
+        if source != self.source || !near.contains(&offset) {
+            return 0;
+        }
+        let room = (self.start + PIECE as u64).saturating_sub(offset);
+        let taken = if left <= room {
+            left
+        } else {
+            room - room % GROUP as u64
+        };
+        taken as usize
+    }
+}
+
+/// Plans the reading, in the order in which the files have it.
+fn plan(wanted: Vec<Wanted>) -> Vec<Piece> {
+    let mut wanted: Vec<_> = wanted.into_iter().enumerate().collect();
+    wanted.sort_by_key(|(_, wanted)| (wanted.source, wanted.offset));
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (index, mut wanted) in wanted {
+        let mut from = 0;
+        while from < wanted.length {
+            let (offset, left) = (wanted.offset + from, wanted.length - from);
+            let fits = |piece: &Piece| piece.room(wanted.source, offset, left) > 0;
+            if !pieces.last().is_some_and(fits) {
+                pieces.push(Piece {
+                    source: wanted.source,
+                    start: offset,
+                    length: 0,
+                    parts: Vec::new(),
+                });
+            }
+            let piece = pieces.last_mut().expect("one was just pushed");
+            let length = piece.room(wanted.source, offset, left);
+            let at = (offset - piece.start) as usize;
+            piece.length = piece.length.max(at + length);
+            piece.parts.push(Part {
+                index,
+                group: from as usize / GROUP,
+                at,
+                length,
+                bytes: wanted.bytes.cut_off(length),
+            });
+            from += length as u64;
+        }
+    }
+    pieces
+}
+
+/// A thread's own memory, which its next piece finds as the last one left it.
+#[derive(Default)]
+struct Scratch {
+    ordinary: Vec<u8>,
+    /// On huge pages, aligned for reads past the system's cache.
+    aligned: Option<Arena>,
+}
+
+impl Scratch {
+    /// Reads a piece.
+    fn read(&mut self, source: &Source, start: u64, length: usize, cold: bool) -> Result<&[u8]> {
+        if !cold {
+            self.ordinary.resize(length.max(self.ordinary.len()), 0);
+            source.read_exact_at(start, &mut self.ordinary[..length])?;
+            return Ok(&self.ordinary[..length]);
+        }
+        let before = (start % DIRECT_ALIGNMENT as u64) as usize;
+        let needed = before + length;
+        let arena = match &mut self.aligned {
+            Some(arena) => arena,
+            none => {
+                let made = Arena::new(PIECE + 2 * DIRECT_ALIGNMENT);
+                none.insert(made.map_err(|error| Error::io("take memory to read", source.path(), error))?)
+            }
+        };
+        let memory = &mut arena.bytes_mut()[..needed.next_multiple_of(DIRECT_ALIGNMENT)];
+        source.read_past_cache(start - before as u64, memory, needed)?;
+        Ok(&memory[before..needed])
+    }
+}
+
+/// Reads what is wanted and returns the digest of each.
+fn read_all(sources: &[&Source], wanted: Vec<Wanted>) -> Result<Vec<Digest>> {
+    let total = wanted.iter().map(|wanted| wanted.length).sum();
+    let digests: Vec<Assembly> = wanted.iter().map(|wanted| Assembly::new(wanted.length)).collect();
+    each_in_parallel(total, plan(wanted), |scratch, piece| {
+        let source = sources[piece.source];
+        let cold = source.is_cold(piece.start, piece.length);
+        let mut parts = piece.parts;
+        if let ([part], false) = (parts.as_mut_slice(), cold)
+            && let Target::Memory(memory) = &mut part.bytes
+        {
+            bring_in(memory);
+            source.read_exact_at(piece.start, memory)?;
+            digests[part.index].put(part.group, memory);
+            return Ok(());
+        }
+        let found = scratch.read(source, piece.start, piece.length, cold)?;
+        for part in parts {
+            let (digest, found) = (&digests[part.index], &found[part.at..part.at + part.length]);
+            match part.bytes {
+                Target::Nowhere => digest.put(part.group, found),
+                Target::Memory(memory) => {
+                    bring_in(memory);
+                    let groups = memory.chunks_mut(GROUP).zip(found.chunks(GROUP));
+                    for (group, (memory, found)) in groups.enumerate() {
+                        memory.copy_from_slice(found);
+                        digest.put(part.group + group, memory); // Still in the nearest cache.
+                    }
+                }
+            }
+        }
+        Ok(())
+    })?;
+    Ok(digests.iter().map(Assembly::finish).collect())
 }
 
 impl Checkpoint {
@@ -51,27 +211,14 @@ impl Checkpoint {
         Ok(bytes)
     }
 
-    /// Fills memory with verified bytes, each target of exactly its storage's length.
+    /// Fills memory with verified bytes, each target of exactly its storage's length. Nothing else is read but what lies
+    /// between them and costs no read of its own.
     ///
     /// # Errors
     ///
     /// `Damaged` names file and leaf; the memory's content is unspecified then.
     pub fn read_into(&self, targets: Vec<(usize, &mut [u8])>) -> Result<()> {
-        for (storage, memory) in &targets {
-            let length = self.entry(*storage)?.length;
-            if memory.len() as u64 != length {
-                let given = memory.len();
-                return Err(Error::invalid(format!(
-                    "storage {storage} has {length} bytes, its target {given}"
-                )));
-            }
-        }
-        self.fill_all(
-            targets
-                .into_iter()
-                .map(|(storage, memory)| (storage, Target::Memory(memory)))
-                .collect(),
-        )
+        self.fill_all(self.checked(targets)?)
     }
 
     /// Reads everything it refers to, and compares each digest.
@@ -80,12 +227,43 @@ impl Checkpoint {
     ///
     /// `Damaged` for the first difference found.
     pub fn verify(&self) -> Result<()> {
+        self.verify_into(Vec::new())
+    }
+
+    /// Reads everything it refers to, once, and compares each digest. Storages for which there is memory lie there
+    /// afterwards.
+    ///
+    /// # Errors
+    ///
+    /// `Damaged` for the first difference found; the memory's content is unspecified then.
+    pub fn verify_into(&self, targets: Vec<(usize, &mut [u8])>) -> Result<()> {
         self.check_packs()?;
-        let mut seen = std::collections::HashSet::new();
-        let storages = self.manifest.storages.iter().enumerate();
-        let once =
-            storages.filter(|(_, entry)| seen.insert((entry.pack, entry.offset, entry.length, entry.digest)));
-        self.fill_all(once.map(|(storage, _)| (storage, Target::Nowhere)).collect())
+        let mut targets = self.checked(targets)?;
+        let place = |entry: &StorageEntry| (entry.pack, entry.offset, entry.length, entry.digest);
+        let mut seen: HashSet<_> = targets
+            .iter()
+            .map(|(storage, _)| place(&self.manifest.storages[*storage]))
+            .collect();
+        for (storage, entry) in self.manifest.storages.iter().enumerate() {
+            if seen.insert(place(entry)) {
+                targets.push((storage, Target::Nowhere));
+            }
+        }
+        self.fill_all(targets)
+    }
+
+    /// Refuses memory that does not have its storage's length.
+    fn checked<'a>(&self, targets: Vec<(usize, &'a mut [u8])>) -> Result<Vec<(usize, Target<'a>)>> {
+        let check = |(storage, memory): (usize, &'a mut [u8])| {
+            let (length, given) = (self.entry(storage)?.length, memory.len());
+            if given as u64 != length {
+                return Err(Error::invalid(format!(
+                    "storage {storage} has {length} bytes, its target {given}"
+                )));
+            }
+            Ok((storage, Target::Memory(memory)))
+        };
+        targets.into_iter().map(check).collect()
     }
 
     /// Checks that each pack is there, as long as it should be, with the header that the manifest names.
@@ -119,97 +297,50 @@ impl Checkpoint {
     }
 
     fn fill_all(&self, targets: Vec<(usize, Target)>) -> Result<()> {
-        let mut packs = HashMap::new();
-        let mut total = 0;
-        for (storage, _) in &targets {
-            let entry = self.entry(*storage)?;
-            total += entry.length;
-            if let std::collections::hash_map::Entry::Vacant(vacant) = packs.entry(entry.pack) {
-                vacant.insert(open_pack(
-                    &self.directory,
-                    &self.manifest.packs[entry.pack as usize],
-                )?);
-            }
-        }
-        let storages: Vec<usize> = targets.iter().map(|(storage, _)| *storage).collect();
-        let entries = storages
-            .iter()
-            .map(|storage| self.entry(*storage))
-            .collect::<Result<Vec<_>>>()?;
-        let digests: Vec<Assembly> = entries.iter().map(|entry| Assembly::new(entry.length)).collect();
-        let mut pieces = Vec::new();
-        for (at, (_, target)) in targets.into_iter().enumerate() {
-            cut(at, target, entries[at].length, &mut pieces);
-        }
-        // In the order in which the disk has them.
-        pieces.sort_by_key(|piece| {
-            (
-                entries[piece.target].pack,
-                entries[piece.target].offset,
-                piece.index,
-            )
-        });
-        each_in_parallel(total, pieces, |scratch, piece| {
-            let entry = entries[piece.target];
-            let start = (piece.index * PIECE) as u64;
-            let memory = match piece.bytes {
-                Target::Memory(memory) => memory,
-                Target::Nowhere => {
-                    let length = (entry.length - start).min(PIECE as u64) as usize;
-                    scratch.resize(length.max(scratch.len()), 0);
-                    &mut scratch[..length]
+        let mut packs: HashMap<u32, usize> = HashMap::new();
+        let mut sources = Vec::new();
+        let mut wanted = Vec::with_capacity(targets.len());
+        let mut storages = Vec::with_capacity(targets.len());
+        for (storage, bytes) in targets {
+            let entry = self.entry(storage)?;
+            let source = match packs.get(&entry.pack) {
+                Some(source) => *source,
+                None => {
+                    let pack = &self.manifest.packs[entry.pack as usize];
+                    sources.push(open_pack(&self.directory, pack)?);
+                    packs.insert(entry.pack, sources.len() - 1);
+                    sources.len() - 1
                 }
             };
-            packs[&entry.pack].read_exact_at(entry.offset + start, memory)?;
-            digests[piece.target].put(piece.index * (PIECE / GROUP), memory);
-            Ok(())
-        })?;
-        for (at, entry) in entries.iter().enumerate() {
-            let found = digests[at].finish();
-            if found != entry.digest {
-                let leaf = leaf_of(&self.manifest.tree, storages[at]);
-                return Err(damaged(&packs[&entry.pack], leaf, &entry.digest, &found));
+            storages.push((storage, source));
+            wanted.push(Wanted {
+                source,
+                offset: entry.offset,
+                length: entry.length,
+                bytes,
+            });
+        }
+        let digests = read_all(&sources.iter().collect::<Vec<_>>(), wanted)?;
+        for ((storage, source), found) in storages.into_iter().zip(digests) {
+            let expected = &self.manifest.storages[storage].digest;
+            if found != *expected {
+                let leaf = leaf_of(&self.manifest.tree, storage);
+                return Err(damaged(&sources[source], leaf, expected, &found));
             }
         }
         Ok(())
-    }
-}
-
-/// Cuts what is to be read of one storage into pieces; nothing of an empty one.
-fn cut<'a>(target: usize, bytes: Target<'a>, length: u64, pieces: &mut Vec<Piece<'a>>) {
-    match bytes {
-        Target::Memory(memory) => {
-            let parts = memory.chunks_mut(PIECE).enumerate();
-            pieces.extend(parts.map(|(index, part)| Piece {
-                target,
-                index,
-                bytes: Target::Memory(part),
-            }));
-        }
-        Target::Nowhere => {
-            let count = length.div_ceil(PIECE as u64) as usize;
-            pieces.extend((0..count).map(|index| Piece {
-                target,
-                index,
-                bytes: Target::Nowhere,
-            }));
-        }
     }
 }
 
 /// Returns the digest of a part of a file.
 pub(super) fn digest_on_disk(source: &Source, offset: u64, length: u64) -> Result<Digest> {
-    let digest = Assembly::new(length);
-    let mut pieces = Vec::new();
-    cut(0, Target::Nowhere, length, &mut pieces);
-    each_in_parallel(length, pieces, |scratch, piece| {
-        let start = (piece.index * PIECE) as u64;
-        scratch.resize((length - start).min(PIECE as u64) as usize, 0);
-        source.read_exact_at(offset + start, scratch)?;
-        digest.put(piece.index * (PIECE / GROUP), scratch);
-        Ok(())
-    })?;
-    Ok(digest.finish())
+    let wanted = Wanted {
+        source: 0,
+        offset,
+        length,
+        bytes: Target::Nowhere,
+    };
+    Ok(read_all(&[source], vec![wanted])?[0])
 }
 
 /// Opens a pack that is as long as its manifest says.
@@ -261,18 +392,18 @@ pub(super) fn digest_all(regions: &[&[u8]]) -> Vec<Digest> {
 fn each_in_parallel<T: Send>(
     total_bytes: u64,
     items: Vec<T>,
-    work: impl Fn(&mut Vec<u8>, T) -> Result<()> + Sync,
+    work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
 ) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let threads = cores.min(MAX_THREADS).min(items.len());
+    let threads = cores.clamp(IN_FLIGHT, MAX_THREADS).min(items.len());
     if total_bytes < WORTH_THREADS || threads < 2 {
-        let mut scratch = Vec::new();
+        let mut scratch = Scratch::default();
         return items.into_iter().try_for_each(|item| work(&mut scratch, item));
     }
     let items = Mutex::new(items.into_iter());
     let failed = AtomicBool::new(false);
     let take_turns = || {
-        let mut scratch = Vec::new();
+        let mut scratch = Scratch::default();
         while !failed.load(Ordering::Relaxed) {
             let Some(item) = items.lock().expect("nothing panics with it").next() else {
                 break;
