@@ -226,9 +226,10 @@ class Run:
         self.track(**objects)
 
         staging = tensors.Staging()
-        self._core = _core.Run.open(
-            self.path, seed=seed, settings={"front": "pytorch"}, strict=strict, memory=staging
-        )
+        with tensors.uncollected():
+            self._core = _core.Run.open(
+                self.path, seed=seed, settings={"front": "pytorch"}, strict=strict, memory=staging
+            )
         self._saves = Saves(
             self._core,
             self._objects,
@@ -517,9 +518,14 @@ class Run:
         allowed += [(f"environment.{name}", old, new) for name, old, new in changes if self._may_change(name)]
         checkpoint = self._checkpoint
         if checkpoint is not None:
-            self._restore = snapshot.plan_restore(
-                self._objects, self._tree["objects"], checkpoint, loader=self._loader, allow=self._allowed
-            )
+            with tensors.uncollected():
+                self._restore = snapshot.plan_restore(
+                    self._objects,
+                    self._tree["objects"],
+                    checkpoint,
+                    loader=self._loader,
+                    allow=self._allowed,
+                )
         self._started = True
         self._recorder.set_optimizers(digests.optimizers(self._objects))
         self._recorder.set_origins(self._origins)
@@ -630,7 +636,8 @@ class Run:
         plan, tree = self._restore, self._tree
         assert plan is not None, "a restore has a plan"
         recorded = self._recorded_state()
-        plan.apply()
+        with tensors.uncollected():
+            plan.apply()
         self.state.clear()
         self.state.update(recorded)
         rng.restore({**tree["generators"], **tree["untouched"]["generators"]})

@@ -51,9 +51,10 @@ def load(
     if only is not None:
         return _load_leaves(Path(path), [only] if isinstance(only, str) else list(only), missing)
     staging = Staging()
-    _core.read_checkpoint(Path(path), memory=staging)
-    tree, loader = staging.taken()
-    return values.raise_(tree, path="", extend=tensors.extend_raise(loader), missing=missing)
+    with tensors.uncollected():
+        _core.read_checkpoint(Path(path), memory=staging)
+        tree, loader = staging.taken()
+        return values.raise_(tree, path="", extend=tensors.extend_raise(loader), missing=missing)
 
 
 def _load_leaves(path: Path, patterns: list[str], missing: values.Missing) -> dict[str, Any]:

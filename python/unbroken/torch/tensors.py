@@ -6,6 +6,8 @@ tensor it is given, in place, and nothing else here does. Ties, views and stride
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -532,6 +534,21 @@ class Loader:
         if key not in self._devices:
             self._devices[key] = self._memory[index].to(device).untyped_storage()
         return self._devices[key]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector away while thousands of leaves are made and nothing becomes garbage.
+
+    It would look at all of torch's objects again and again, for longer than the rest takes.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Staging:
