@@ -182,6 +182,21 @@ impl Fingerprint {
         }
         Fingerprint(state.digest128().to_be_bytes())
     }
+
+    /// Fingerprint of eight windows of 256 bytes spread over a region, elsewhere for each seed; of all of a short one.
+    /// Different ones say that the bytes differ. Equal ones say nothing for sure.
+    pub fn of_sample(region: &[u8], seed: u64) -> Fingerprint {
+        const WINDOWS: usize = 8;
+        const WINDOW: usize = 256;
+        if region.len() <= WINDOWS * WINDOW {
+            return Fingerprint::of(region);
+        }
+        let stride = region.len() / WINDOWS;
+        let shift = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % (stride - WINDOW + 1);
+        let windows: [&[u8]; WINDOWS] =
+            std::array::from_fn(|index| &region[index * stride + shift..index * stride + shift + WINDOW]);
+        Fingerprint::of_regions(&windows)
+    }
 }
 
 /// Hashes bytes `[start, start + length)` of regions laid end to end; the caller keeps the range inside them.

@@ -22,10 +22,6 @@ const PIECE: usize = 4 << 20;
 const WORTH_LENDING: usize = 8 << 20;
 /// Where copies begin in the arena.
 const ALIGNMENT: usize = 64;
-/// How many windows of a lent region are compared, and how long each is.
-const WINDOWS: usize = 8;
-const WINDOW: usize = 256;
-
 /// A checkpoint without its memory. See [`Commit`].
 #[derive(Clone, Debug)]
 pub struct Save {
@@ -371,17 +367,13 @@ unsafe fn look_at<'a>(region: &Region) -> &'a [u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(region.address), region.length) }
 }
 
-/// A fingerprint of windows spread over the bytes, elsewhere for each seed; of all of them with `full`.
+/// What of lent memory is compared with its copy: a sample, elsewhere for each seed, or with `full` all of it.
 fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
-    if full || bytes.len() <= WINDOWS * WINDOW {
-        return Fingerprint::of(bytes);
+    if full {
+        Fingerprint::of(bytes)
+    } else {
+        Fingerprint::of_sample(bytes, seed)
     }
-    let stride = bytes.len() / WINDOWS;
-    let shift = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % (stride - WINDOW + 1);
-    let windows: Vec<&[u8]> = (0..WINDOWS)
-        .map(|index| &bytes[index * stride + shift..index * stride + shift + WINDOW])
-        .collect();
-    Fingerprint::of_regions(&windows)
 }
 
 fn write(run: &Run, save: Save, storages: Vec<&[u8]>) -> Result<CheckpointInfo> {

@@ -14,7 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, Fingerprint};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use crate::format::{Flaw, pack};
@@ -355,6 +355,8 @@ struct Habit {
     length: u64,
     /// Whether the last commit found bytes there that are nowhere else, and other ones than the commit before.
     changes: bool,
+    /// A sample of the last commit's bytes: another one now is proof of a change.
+    sample: Fingerprint,
 }
 
 /// Sizes that the engine works with. The defaults are measured; tests take small ones.

@@ -80,6 +80,35 @@ fn equal_storages_are_written_once_in_a_checkpoint_across_checkpoints_and_across
 }
 
 #[test]
+fn a_state_that_changed_from_save_to_save_and_then_stands_still_is_not_written_again() {
+    let run = open(&shared(&MemoryStorage::new())).unwrap();
+    run.begin().unwrap();
+    let commit = |step: u64, weights: &[u8]| {
+        let commit = Commit {
+            step,
+            phase: 0,
+            tree: leaf(0, weights.len() as u64 / 4),
+            storages: vec![weights],
+            identity: Vec::new(),
+            environment: Vec::new(),
+            metrics: Vec::new(),
+            pinned: false,
+        };
+        run.commit(commit).unwrap().new_bytes
+    };
+    let mut weights = vec![0u8; 100_000];
+    for step in 0..4 {
+        weights.fill(step as u8);
+        assert!(commit(step, &weights) > 100_000);
+    }
+    assert_eq!(commit(4, &weights), 0);
+    // One byte that no sample looks at is a change like any other.
+    weights[1] ^= 1;
+    assert!(commit(5, &weights) > 100_000);
+    assert_eq!(commit(6, &weights), 0);
+}
+
+#[test]
 fn equal_bytes_that_this_process_never_read_are_read_before_anything_relies_on_them() {
     // Step 1 has other weights than step 0, so that opening reads step 1 only. Step 0's weights rot on the disk; then step 2
     // has the very same weights again. It must be whole, so it must not refer to the rotten ones.

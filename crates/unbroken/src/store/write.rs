@@ -3,8 +3,8 @@
 //! Touches: `tmp/`, `objects/` and `checkpoints/`, only ever making names that were not there; and the file of a deleted
 //! pack in `tmp/`, which is written over.
 //!
-//! Bytes are read once where that is enough: a storage that changed up to the last commit is taken for new in this one,
-//! and digested while it is written. Others are digested first, so that what is on disk already is not written again.
+//! Bytes are read once where that is enough: a storage that changed up to the last commit, and of which a sample shows
+//! that it changed since, is taken for new and digested while it is written. Others are digested first, so that what is on disk already is not written again.
 
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use super::read::{digest_all, digest_on_disk, open_pack};
 use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Habit, OBJECTS, Place, Store, is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
-use crate::digest::Digest;
+use crate::digest::{Digest, Fingerprint};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
 use crate::format::pack::{self, PackLayout};
@@ -39,6 +39,9 @@ pub struct Commit<'a> {
     /// Whether retention must keep it.
     pub pinned: bool,
 }
+
+/// Which sample of a storage is compared from commit to commit.
+const SAMPLE: u64 = 1;
 
 /// Where a storage's bytes are or go.
 #[derive(Clone, Copy)]
@@ -148,7 +151,7 @@ impl Store {
                 return Err(self.with_space(error, needed));
             }
         };
-        self.remember(&manifest.storages);
+        self.remember(&manifest.storages, &commit.storages);
 
         let info = std::sync::Arc::new(CheckpointInfo::new(&self.directory, &name, &manifest));
         let manifest = std::sync::Arc::new(manifest);
@@ -289,7 +292,7 @@ impl Store {
     }
 
     /// Digests the storages that may be on disk already, or equal to each other. The others are taken for new: they
-    /// changed from the last commit but one to the last, or nothing of their length is anywhere.
+    /// changed from the last commit but one to the last and again since, or nothing of their length is anywhere.
     fn digest_doubtful(&self, storages: &[&[u8]]) -> Vec<Option<Digest>> {
         let mut counts: HashMap<u64, usize> = HashMap::new();
         for storage in storages {
@@ -302,7 +305,10 @@ impl Store {
                 .habits
                 .get(index)
                 .filter(|_| self.habits.len() == storages.len());
-            let as_before = habit.is_some_and(|habit| habit.changes && habit.length == length);
+            let as_before = habit.is_some_and(|habit| {
+                let differs = || Fingerprint::of_sample(storages[index], SAMPLE) != habit.sample;
+                habit.changes && habit.length == length && differs()
+            });
             as_before || (counts[&length] == 1 && !lengths.contains(&length))
         };
         let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
@@ -315,7 +321,7 @@ impl Store {
     }
 
     /// Takes note of which storages change from one commit to the next and are equal to no other.
-    fn remember(&mut self, storages: &[StorageEntry]) {
+    fn remember(&mut self, storages: &[StorageEntry], bytes: &[&[u8]]) {
         let mut counts: HashMap<&Digest, usize> = HashMap::new();
         for storage in storages {
             *counts.entry(&storage.digest).or_default() += 1;
@@ -326,6 +332,7 @@ impl Store {
             let old = before.get(index).filter(|_| before.len() == storages.len());
             Habit {
                 length: storage.length,
+                sample: Fingerprint::of_sample(bytes[index], SAMPLE),
                 changes: counts[&storage.digest] == 1
                     && !there
                     && old.is_some_and(|old| old.length == storage.length),
