@@ -6,7 +6,7 @@ multiprocessing meets first (a reset connection, an end of file, a missing socke
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pickle import UnpicklingError
 from types import TracebackType
@@ -65,7 +65,14 @@ class _Reading:
 
 def _dead_behind(error: Exception, iterator: Any) -> tuple[int, int] | None:
     """Return process id and exit code of the worker whose death is behind an iterator's error, if one's is."""
-    workers = getattr(iterator, "_workers", ())
+    try:
+        return _dead_among(getattr(iterator, "_workers", ()), error)
+    except RuntimeError as news:
+        # torch's handler speaks once for a death, and may do so here.
+        return _dead_among(getattr(iterator, "_workers", ()), news)
+
+
+def _dead_among(workers: Sequence[BaseProcess], error: Exception) -> tuple[int, int] | None:
     # What the user's data set raised in a worker is the user's, and that worker is alive.
     if not workers or _is_from_worker(error.__traceback__):
         return None
@@ -73,18 +80,15 @@ def _dead_behind(error: Exception, iterator: Any) -> tuple[int, int] | None:
     return _first_dead(workers, wait_s=0 if isinstance(error, RuntimeError) else _MOST_WAIT_S)
 
 
-def _first_dead(workers: list[BaseProcess], *, wait_s: float) -> tuple[int, int] | None:
+def _first_dead(workers: Sequence[BaseProcess], *, wait_s: float) -> tuple[int, int] | None:
     deadline = time.monotonic() + wait_s
     while True:
-        try:
-            for worker in workers:
-                if worker.pid and worker.exitcode:
-                    return worker.pid, worker.exitcode
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.005)
-        except RuntimeError:
-            continue  # torch's handler, at the very death that is waited for.
+        for worker in workers:
+            if worker.pid and worker.exitcode:
+                return worker.pid, worker.exitcode
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.005)
 
 
 def _is_from_worker(traceback: TracebackType | None) -> bool:
