@@ -1,4 +1,4 @@
-"""What saving and loading a state costs, beside other ways to do it: stall, time to durable, load, memory, steps.
+"""What saving a state costs, beside other ways to do it: stall, time to durable, memory, steps.
 
     OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes 100 1000] [--rounds N] [--loop-steps N] [--directory DIR]
 
@@ -8,7 +8,6 @@ shown, and their ratio to the bound: a copy into recycled memory on huge pages, 
 
     stall      how long the training thread stands still
     durable    until a power cut would leave it there
-    load       into the live tensors: warm from the page cache, cold without it; verified only by Unbroken
     extra      the most memory taken beside the state while saving
 
 The training loop is an MLP of 25 million parameters with AdamW on one thread; how much longer the same steps take with
@@ -38,7 +37,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from unbroken import _core
@@ -85,8 +84,6 @@ class Contender:
     name: str
     save: Callable[[State, int], object]
     settle: Callable[[], object]
-    load: Callable[[State], object] | None
-    files: Callable[[], list[Path]]
     close: Callable[[], object] = lambda: None
     before_step: Callable[[], object] = lambda: None
     figures: dict[str, list[float]] = field(default_factory=dict)
@@ -111,11 +108,7 @@ def torch_save(place: Path) -> Contender:
         torch.save(state.flat(), path.with_suffix(".new"))
         published(path)
 
-    def load(state: State) -> None:
-        found = torch.load(path, weights_only=True)
-        copy_into(state, found)
-
-    return Contender("torch.save + fsync", save, lambda: None, load, lambda: [path])
+    return Contender("torch.save + fsync", save, lambda: None)
 
 
 def safe_tensors(place: Path) -> Contender:
@@ -125,13 +118,7 @@ def safe_tensors(place: Path) -> Contender:
         safetensors.torch.save_file(state.flat(), path.with_suffix(".new"))
         published(path)
 
-    return Contender(
-        "safetensors + fsync",
-        save,
-        lambda: None,
-        lambda state: copy_into(state, safetensors.torch.load_file(path)),
-        lambda: [path],
-    )
+    return Contender("safetensors + fsync", save, lambda: None)
 
 
 def distributed(place: Path, *, background: bool) -> Contender:
@@ -150,11 +137,7 @@ def distributed(place: Path, *, background: bool) -> Contender:
         else:
             state_dict_saver.save(state.flat(), storage_writer=writer)
 
-    def load(state: State) -> None:
-        state_dict_loader.load(state.flat(), checkpoint_id=path)
-
-    name = "DCP async" if background else "DCP"
-    return Contender(name, save, settle, load, lambda: [*path.iterdir()])
+    return Contender("DCP async" if background else "DCP", save, settle)
 
 
 def ours(place: Path, *, background: bool) -> Contender:
@@ -199,16 +182,8 @@ def ours(place: Path, *, background: bool) -> Contender:
             run.prune(last=2, every=None, best=None)
         steps[0] += 1
 
-    def load(state: State) -> None:
-        checkpoint = _core.read_checkpoint(path)
-        objects = {"model": state.parameters, "optimizer": state.optimizer}
-        snapshot.plan_restore(objects, checkpoint.tree["objects"], checkpoint).apply()
-
-    def newest() -> list[Path]:
-        return [*(path / "objects").iterdir(), *(path / "checkpoints").iterdir()]
-
     name = "Unbroken background" if background else "Unbroken sync"
-    return Contender(name, save, settle, load, newest, run.close, fence)
+    return Contender(name, save, settle, run.close, fence)
 
 
 def bound(place: Path) -> Contender:
@@ -242,13 +217,7 @@ def bound(place: Path) -> Contender:
         view.release()
         assert at - start == total, "every byte was copied"
 
-    return Contender("bound: memcpy + direct write", save, lambda: None, None, lambda: [], pool.shutdown)
-
-
-def copy_into(state: State, found: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in state.flat().items():
-            tensor.copy_(found[name])
+    return Contender("bound: memcpy + direct write", save, lambda: None, pool.shutdown)
 
 
 def contenders(place: Path) -> list[Contender]:
@@ -275,13 +244,6 @@ def timed(contender: Contender, figure: str) -> Iterator[None]:
     begun = time.perf_counter()
     yield
     contender.figures.setdefault(figure, []).append(time.perf_counter() - begun)
-
-
-def drop_caches(files: list[Path]) -> None:
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def measure_states(sizes: list[int], rounds: int, directory: Path) -> None:
@@ -314,32 +276,17 @@ def measure(contender: Contender, state: State, number: int) -> None:
         with timed(contender, "stall"):
             contender.save(state, number)
         contender.settle()
-    if contender.load is not None:
-        contender.load(state)
-        with timed(contender, "load warm"):
-            contender.load(state)
-        drop_caches(contender.files())
-        with timed(contender, "load cold"):
-            contender.load(state)
 
 
 def show(title: str, field_of: list[Contender]) -> None:
     print(f"\n{title}: seconds, and in brackets how many times the bound's")
-    print(
-        f"{'':30}"
-        + "".join(f"{name:>17}" for name in ("stall", "durable", "load warm", "load cold", "extra MB"))
-    )
+    print(f"{'':30}" + "".join(f"{name:>17}" for name in ("stall", "durable", "extra MB")))
     least = statistics.median(field_of[0].figures["durable"])
     for contender in field_of:
         line = f"{contender.name:30}"
-        for name in ("stall", "durable", "load warm", "load cold"):
-            figures = contender.figures.get(name)
-            if figures is None:
-                line += f"{'-':>17}"
-                continue
-            median = statistics.median(figures)
-            ratio = f" ({median / least:5.2f})" if name in ("stall", "durable") else ""
-            line += f"{median:9.4f}{ratio:>8}"
+        for name in ("stall", "durable"):
+            median = statistics.median(contender.figures[name])
+            line += f"{median:9.4f} ({median / least:5.2f})"
         print(f"{line}{contender.figures['extra'][0]:17.0f}", flush=True)
 
 

@@ -116,8 +116,8 @@ def test_without_a_fingerprint_the_run_says_that_the_content_was_not_compared(st
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(story: Begin, reference: Begin) -> None:
-    told = story("--pause-ms", "10")
-    holder = told.start()
+    told = story()
+    holder = told.start("--pause-ms", "500")  # It outlives the second process, however slow that is.
     while not told.steps_written():
         assert holder.poll() is None, holder.words
         time.sleep(0.01)
