@@ -101,14 +101,12 @@ pub(crate) fn run(command: &Prove, streams: &mut Streams) -> Answer {
         progress: Progress::new(),
     };
     let limit = (command.steps.is_none() && !command.all).then_some(SECONDS);
-    let report = proof
-        .make(limit, command.kills, command.seed)
-        .inspect_err(|_| {
-            if command.dir.is_none() {
-                // Only where it is empty: what a failed proof has recorded may say why.
-                let _ = fs::remove_dir(&directory);
-            }
-        })?;
+    let report = proof.make(limit, command.kills, command.seed).inspect_err(|_| {
+        if command.dir.is_none() {
+            // Only where it is empty: what a failed proof has recorded may say why.
+            let _ = fs::remove_dir(&directory);
+        }
+    })?;
     proof.progress.clear();
     let exact = report.exact();
     let keep = command.dir.is_some() || !exact;
