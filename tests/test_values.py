@@ -113,6 +113,12 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(same(a, c) and same(b, d) for (a, b), (c, d) in pairs)
     if isinstance(one, list | tuple | collections.deque):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    if dataclasses.is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    if isinstance(one, types.SimpleNamespace):
+        return same(vars(one), vars(other))
+    if isinstance(one, np.generic):
+        return one.tobytes() == other.tobytes()
     if isinstance(one, np.ndarray):
         return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
     return bool(one == other)
