@@ -1,22 +1,31 @@
 """What saving a state costs, beside other ways to do it: stall, time to durable, memory, steps.
 
-    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes 100 1000] [--rounds N] [--loop-steps N] [--directory DIR]
+    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--rounds N] [--pairs N] [--only NAME ...]
+                                                 [--intervals N ...] [--directory DIR]
 
 The state is a model's parameters and an optimizer's momentum, half the bytes each, in few large tensors or in thousands
-of small ones. All contenders save the same state by turns in one process, round by round; medians of the rounds are
-shown, and their ratio to the bound: a copy into recycled memory on huge pages, then direct writes over a recycled file.
+of small ones. Each contender takes turns with the bound, which is the least that this memory and this disk allow: a
+copy into recycled memory on huge pages, then direct writes over a recycled file, four at a time. So each round has a
+ratio of its own, and a machine or a disk that slows down slows both; shown are medians of the rounds and, in brackets,
+their quarters. What a contender has under way by itself goes on while the training thread rests for as long as a short
+forward and backward would take.
 
-    stall      how long the training thread stands still
-    durable    until a power cut would leave it there
+    stall      how long the training thread stands still, to the bound's copy
+    durable    until a power cut would leave it there: to the bound's direct write alone
+    after      what follows on the disk, for contenders that delete older checkpoints themselves
     extra      the most memory taken beside the state while saving
 
-The training loop is an MLP of 25 million parameters with AdamW on one thread; how much longer the same steps take with
-a save every 1, 5 or 20 of them. Moonclip is not among the contenders: it is not among what the tests install. The disk
-and the other cores are part of what is measured: run it on a quiet machine.
+The training loop is an MLP of 25 million parameters with AdamW on one thread: a state of 300 MB. Stretches of the same
+steps with and without saves alternate in one process; each stretch with saves is compared with those around it. With a
+save every n steps there are n steps behind each, the last one too, before all must be durable.
+
+Moonclip is a contender where it is installed (the extra `bench`). The disk and the other cores are part of what is
+measured: run it on a quiet machine. At 4 GB it takes 12 GB of disk and 12 of memory at a time.
 """
 
 import argparse
 import ctypes
+import importlib.util
 import mmap
 import os
 import platform
@@ -24,10 +33,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +54,12 @@ from unbroken.torch.fence import Owned
 
 PIECE = 8 << 20
 FEW, MANY = 8, 4000
+WARM_UPS = 3
+"""Rounds that make files and memory, which the others use again."""
+
+REST_S_PER_GB = 0.15
+STRETCH_STEPS = {1: 4, 5: 10}
+"""Steps of a stretch at an interval between saves; otherwise the interval itself: one save."""
 
 
 @dataclass
@@ -59,8 +73,7 @@ class State:
     def of(cls, megabytes: int, tensors: int) -> "State":
         elements = megabytes * 1_000_000 // 8 // tensors
         parameters = nn.ParameterList([nn.Parameter(torch.randn(elements)) for _ in range(tensors)])
-        optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
-        state = cls(parameters, optimizer)
+        state = cls(parameters, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9))
         state.step()
         return state
 
@@ -73,19 +86,30 @@ class State:
     def flat(self) -> dict[str, torch.Tensor]:
         found = {f"p{index}": p.detach() for index, p in enumerate(self.parameters)}
         for index, parameter in enumerate(self.parameters):
-            found[f"m{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
+            for name, value in self.optimizer.state[parameter].items():
+                found[f"{name}{index}"] = value
         return found
 
 
 @dataclass
 class Contender:
-    """One way to save. `save` returns at the end of the stall, `settle` when all is durable."""
+    """One way to save.
+
+    Args:
+        name: What the table calls it.
+        save: Returns when the training may go on.
+        settle: Returns when all is durable.
+        close: Gives everything back.
+        before_step: What the optimizer has to wait for, if anything.
+        after: What is due on the disk after a save.
+    """
 
     name: str
-    save: Callable[[State, int], object]
-    settle: Callable[[], object]
+    save: Callable[[State], object]
+    settle: Callable[[], object] = lambda: None
     close: Callable[[], object] = lambda: None
-    before_step: Callable[[], object] = lambda: None
+    before_step: Callable[[], object] | None = None
+    after: Callable[[], object] | None = None
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -104,132 +128,178 @@ def published(path: Path) -> None:
 def torch_save(place: Path) -> Contender:
     path = place / "torch.pt"
 
-    def save(state: State, step: int) -> None:
+    def save(state: State) -> None:
         torch.save(state.flat(), path.with_suffix(".new"))
         published(path)
 
-    return Contender("torch.save + fsync", save, lambda: None)
+    return Contender("torch.save + fsync", save)
 
 
 def safe_tensors(place: Path) -> Contender:
     path = place / "safe.safetensors"
 
-    def save(state: State, step: int) -> None:
+    def save(state: State) -> None:
         safetensors.torch.save_file(state.flat(), path.with_suffix(".new"))
         published(path)
 
-    return Contender("safetensors + fsync", save, lambda: None)
+    return Contender("safetensors + fsync", save)
 
 
-def distributed(place: Path, *, background: bool) -> Contender:
-    path = place / ("dcp-async" if background else "dcp")
+def distributed(place: Path) -> Contender:
+    path = place / "dcp"
+
+    def save(state: State) -> None:
+        writer = FileSystemWriter(path, sync_files=True)
+        state_dict_saver.save(state.flat(), storage_writer=writer)
+
+    return Contender("DCP", save)
+
+
+def distributed_async(place: Path) -> Contender:
+    path = place / "dcp-async"
     pending: list[Any] = []
 
     def settle() -> None:
         if pending:
             pending.pop().result()
 
-    def save(state: State, step: int) -> None:
+    def save(state: State) -> None:
         settle()
         writer = FileSystemWriter(path, sync_files=True)
-        if background:
-            pending.append(state_dict_saver.async_save(state.flat(), storage_writer=writer))
-        else:
-            state_dict_saver.save(state.flat(), storage_writer=writer)
+        pending.append(state_dict_saver.async_save(state.flat(), storage_writer=writer))
 
-    return Contender("DCP async" if background else "DCP", save, settle)
+    return Contender("DCP async", save, settle, settle)
 
 
-def ours(place: Path, *, background: bool) -> Contender:
-    path = place / ("background" if background else "sync")
-    run = _core.Run.open(path, seed=1, settings={})
-    run.begin()
-    lent: list[Any] = []
-    keep = (2, None, None)
+def moonclip(place: Path) -> Contender:
+    """As its manual shows it: in the background, compressed, two snapshots kept."""
+    from moonclip import CheckpointManager  # type: ignore[import-not-found]
+
+    manager = CheckpointManager(str(place / "moonclip"), max_total_snapshots=2)
     steps = [0]
 
-    def fence() -> None:
-        if lent:
-            run.fence()
-            lent.pop()[1].unchanged()
+    def save(state: State) -> None:
+        steps[0] += 1
+        manager.save(step=steps[0], model=state.parameters, optimizer=state.optimizer)
 
-    def settle() -> None:
-        fence()
-        outcome = run.outcome(wait=True)
+    return Contender("Moonclip", save, manager.flush, manager.flush)
+
+
+class Ours:
+    """A run's core, as `unbroken.Run` uses it: the same capture, the same fence, two checkpoints kept.
+
+    Args:
+        place: Where the run goes.
+        mode: That of `Run(save=...)`.
+        deletes: Whether a save deletes older checkpoints, as in a run; otherwise that is a step of its own.
+    """
+
+    def __init__(self, place: Path, mode: str, *, deletes: bool) -> None:
+        self.mode, self.deletes = mode, deletes
+        self.run = _core.Run.open(place / mode, seed=1, settings={})
+        self.run.begin()
+        self.step = 0
+        self.lent: tuple[Any, Owned] | None = None
+
+    def contender(self) -> Contender:
+        before_step = self.fence if self.mode == "background" else None
+        after = None if self.deletes else self.delete
+        return Contender(f"Unbroken {self.mode}", self.save, self.settle, self.run.close, before_step, after)
+
+    def fence(self) -> None:
+        if self.lent is not None:
+            self.run.fence()
+            self.lent[1].unchanged()
+            self.lent = None
+
+    def settle(self) -> None:
+        self.fence()
+        outcome = self.run.outcome(wait=True)
         assert outcome is None or outcome[0] == "saved", f"{outcome}"
 
-    def save(state: State, _: int) -> None:
-        settle()
-        if steps[0]:
-            run.record(steps[0], 0, 0, steps[0], [])
+    def delete(self) -> None:
+        self.run.prune(last=2, every=None, best=None)
+
+    def save(self, state: State) -> None:
+        self.settle()
+        if self.step:
+            self.run.record(self.step, 0, 0, self.step, [])
         objects = {"model": state.parameters, "optimizer": state.optimizer}
         captured = snapshot.capture(objects)
         what: dict[str, Any] = {
-            "step": steps[0],
+            "step": self.step,
             "phase": 0,
             "tree": {"objects": captured.tree},
             "identity": {},
             "environment": {},
             "metrics": {},
         }
-        if background:
-            owned = Owned(objects.values())
-            regions = captured.lendable(owned.keys)
-            run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
-            lent.append((captured, owned))
+        if self.mode == "sync":
+            self.run.commit(**what, storages=captured.regions())
+            if self.deletes:
+                self.delete()
         else:
-            run.commit(**what, storages=captured.regions())
-            run.prune(last=2, every=None, best=None)
-        steps[0] += 1
+            owned = Owned(objects.values() if self.mode == "background" else ())
+            keep = (2, None, None) if self.deletes else None
+            regions = captured.lendable(owned.keys)
+            self.run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
+            self.lent = (captured, owned)
+        self.step += 1
 
-    name = "Unbroken background" if background else "Unbroken sync"
-    return Contender(name, save, settle, run.close, fence)
+
+OURS = ("background", "copy", "sync")
+OTHERS: dict[str, Callable[[Path], Contender]] = {
+    "torch": torch_save,
+    "safetensors": safe_tensors,
+    "dcp": distributed,
+    "dcp-async": distributed_async,
+    "moonclip": moonclip,
+}
 
 
-def bound(place: Path) -> Contender:
-    """The least that this memory and this disk allow."""
-    path = place / "bound"
-    memory: list[mmap.mmap] = []
-    pool = ThreadPoolExecutor(4)
+def make(name: str, place: Path, *, deletes: bool) -> Contender:
+    return Ours(place, name, deletes=deletes).contender() if name in OURS else OTHERS[name](place)
 
-    def save(state: State, _: int) -> None:
+
+class Bound:
+    """The least that this memory and this disk allow: a copy, and direct writes."""
+
+    def __init__(self, place: Path) -> None:
+        self.path = place / "bound"
+        self.memory = mmap.mmap(-1, PIECE)
+        self.pool = ThreadPoolExecutor(4)
+        self.copies: list[float] = []
+        self.writes: list[float] = []
+
+    def take_turn(self, state: State) -> None:
         tensors = list(state.flat().values())
-        total = sum(tensor.nbytes for tensor in tensors)
-        length = -(-total // PIECE) * PIECE
-        if not memory or len(memory[0]) < length:
-            memory[:] = [mmap.mmap(-1, length)]
-            memory[0].madvise(mmap.MADV_HUGEPAGE)
-            path.write_bytes(b"")
-            os.truncate(path, length)
-        start = at = ctypes.addressof(ctypes.c_char.from_buffer(memory[0]))
+        length = -(-sum(tensor.nbytes for tensor in tensors) // PIECE) * PIECE
+        if len(self.memory) < length:
+            self.memory = mmap.mmap(-1, length)
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            self.path.write_bytes(b"")
+            descriptor = os.open(self.path, os.O_WRONLY)
+            os.posix_fallocate(descriptor, 0, length)
+            os.close(descriptor)
+        begun = time.perf_counter()
+        at = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         for tensor in tensors:
             ctypes.memmove(at, tensor.data_ptr(), tensor.nbytes)
             at += tensor.nbytes
-        descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        view = memoryview(memory[0])
+        copied = time.perf_counter()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_DIRECT)
+        with memoryview(self.memory) as view:
 
-        def write(offset: int) -> None:
-            os.pwrite(descriptor, view[offset : offset + PIECE], offset)
+            def write(offset: int) -> None:
+                with view[offset : offset + PIECE] as piece:
+                    written = os.pwrite(descriptor, piece, offset)
+                    assert written == PIECE, "the disk takes a piece at once"
 
-        list(pool.map(write, range(0, length, PIECE)))
-        os.fsync(descriptor)
+            list(self.pool.map(write, range(0, length, PIECE)))
+            os.fsync(descriptor)
         os.close(descriptor)
-        view.release()
-        assert at - start == total, "every byte was copied"
-
-    return Contender("bound: memcpy + direct write", save, lambda: None, pool.shutdown)
-
-
-def contenders(place: Path) -> list[Contender]:
-    return [
-        bound(place),
-        ours(place, background=True),
-        ours(place, background=False),
-        torch_save(place),
-        safe_tensors(place),
-        distributed(place, background=False),
-        distributed(place, background=True),
-    ]
+        self.copies.append(copied - begun)
+        self.writes.append(time.perf_counter() - copied)
 
 
 def status_kb(name: str) -> int:
@@ -246,120 +316,146 @@ def timed(contender: Contender, figure: str) -> Iterator[None]:
     contender.figures.setdefault(figure, []).append(time.perf_counter() - begun)
 
 
-def measure_states(sizes: list[int], rounds: int, directory: Path) -> None:
+def measure_states(sizes: list[int], names: list[str], rounds: int, directory: Path) -> None:
     for megabytes in sizes:
         for tensors in (FEW, MANY):
-            place = Path(tempfile.mkdtemp(dir=directory))
+            print(f"\n{megabytes} MB in {2 * tensors} tensors")
+            print(f"{'':21}{'seconds: stall':>14}{'durable':>8}{'after':>7}{'extra MB':>9}   ", end="")
+            print(f"{'stall / copy':>20}{'durable / write':>20}{'/ copy and write':>20}")
             state = State.of(megabytes, tensors)
-            field_of = contenders(place)
-            try:
-                for number in range(rounds + 1):
-                    for contender in field_of:
-                        measure(contender, state, number)
-            finally:
-                for contender in field_of:
+            for name in names:
+                place = Path(tempfile.mkdtemp(dir=directory))
+                bound, contender = Bound(place), make(name, place, deletes=False)
+                try:
+                    for number in range(WARM_UPS + rounds):
+                        take_turns(state, bound, contender, number, megabytes)
+                finally:
                     contender.close()
-                shutil.rmtree(place)
-            show(f"{megabytes} MB in {2 * tensors} tensors", field_of)
+                    shutil.rmtree(place)
+                show(contender, bound)
 
 
-def measure(contender: Contender, state: State, number: int) -> None:
-    state.step()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_kb("VmRSS")
-    if number == 0:  # Makes files and memory, which the rounds use again.
-        contender.save(state, number)
+def take_turns(state: State, bound: Bound, contender: Contender, number: int, megabytes: int) -> None:
+    turns = [lambda: bound.take_turn(state), lambda: measure(contender, state, megabytes / 1000)]
+    for turn in turns if number % 2 else reversed(turns):
+        state.step()
+        turn()
+    if number + 1 == WARM_UPS:
+        bound.copies, bound.writes = [], []
+        contender.figures = {"extra": contender.figures["extra"]}
+
+
+def measure(contender: Contender, state: State, gigabytes: float) -> None:
+    if "extra" not in contender.figures:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_kb("VmRSS")
+        contender.save(state)
         contender.settle()
         contender.figures["extra"] = [(status_kb("VmHWM") - before) / 1000]
         return
     with timed(contender, "durable"):
         with timed(contender, "stall"):
-            contender.save(state, number)
+            contender.save(state)
+        if contender.before_step is not None:
+            time.sleep(REST_S_PER_GB * gigabytes)
+            with timed(contender, "fence"):
+                contender.before_step()
+            contender.figures["stall"][-1] += contender.figures["fence"][-1]
         contender.settle()
+    if contender.after is not None:
+        with timed(contender, "after"):
+            contender.after()
 
 
-def show(title: str, field_of: list[Contender]) -> None:
-    print(f"\n{title}: seconds, and in brackets how many times the bound's")
-    print(f"{'':30}" + "".join(f"{name:>17}" for name in ("stall", "durable", "extra MB")))
-    least = statistics.median(field_of[0].figures["durable"])
-    for contender in field_of:
-        line = f"{contender.name:30}"
-        for name in ("stall", "durable"):
-            median = statistics.median(contender.figures[name])
-            line += f"{median:9.4f} ({median / least:5.2f})"
-        print(f"{line}{contender.figures['extra'][0]:17.0f}", flush=True)
+def quarters(ratios: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def show(contender: Contender, bound: Bound) -> None:
+    figures = contender.figures
+    stall, durable = figures["stall"], figures["durable"]
+    after = f"{statistics.mean(figures['after']):7.3f}" if "after" in figures else f"{'':7}"
+    both = [copy + write for copy, write in zip(bound.copies, bound.writes, strict=True)]
+    ratios = [(stall, bound.copies), (durable, bound.writes), (durable, both)]
+    line = f"{contender.name:21}{statistics.median(stall):14.4f}{statistics.median(durable):8.3f}{after}"
+    line += f"{figures['extra'][0]:9.0f}   "
+    for ours, least in ratios:
+        line += f"{quarters([a / b for a, b in zip(ours, least, strict=True)]):>20}"
+    copy, write = statistics.median(bound.copies), statistics.median(bound.writes)
+    print(f"{line}   of {copy:.3f}, {write:.3f}", flush=True)
 
 
 # The loop.
 
 
-def build_loop() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
-    torch.manual_seed(0)
-    layers = [layer for _ in range(5) for layer in (nn.Linear(2240, 2240), nn.ReLU())]
-    net = nn.Sequential(*layers)
-    return net, torch.optim.AdamW(net.parameters()), torch.randn(128, 2240)
+class Loop:
+    """An MLP of 25 million parameters in training."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(5) for layer in (nn.Linear(2240, 2240), nn.ReLU())]
+        self.net = nn.Sequential(*layers)
+        self.batch = torch.randn(128, 2240)
+        optimizer = torch.optim.AdamW(self.net.parameters())
+        optimizer.register_step_pre_hook(lambda *_: self.fence())  # type: ignore[arg-type]
+        self.state = State(nn.ParameterList(self.net.parameters()), optimizer)
+        self.saving: Contender | None = None
+
+    def fence(self) -> None:
+        if self.saving is not None and self.saving.before_step is not None:
+            self.saving.before_step()
+
+    def step(self) -> None:
+        self.net(self.batch).square().mean().backward()
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+
+    def stretch(self, steps: int, interval: int, contender: Contender | None) -> float:
+        """Return the seconds of the steps, with a save before each `interval` of them and all durable at the end."""
+        self.saving = contender
+        begun = time.perf_counter()
+        for number in range(steps):
+            if contender is not None and number % interval == 0:
+                contender.save(self.state)
+            self.step()
+        if contender is not None:
+            contender.settle()
+        taken = time.perf_counter() - begun
+        self.saving = None
+        return taken
 
 
-def loop(steps: int, interval: int | None, contender: Contender | None) -> float:
-    """Return the seconds that the steps take, the last save's end included."""
-    net, optimizer, batch = build_loop()
-    parameters = nn.ParameterList(net.parameters())
-    if contender is not None:
-        optimizer.register_step_pre_hook(lambda *_: contender.before_step())  # type: ignore[arg-type]
-    state = LoopState(parameters, optimizer)
-
-    def step() -> None:
-        loss = net(batch).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    if contender is not None:
-        contender.save(state, 0)
-        contender.settle()
-    begun = time.perf_counter()
-    for number in range(1, steps + 1):
-        step()
-        if contender is not None and interval is not None and number % interval == 0:
-            contender.save(state, number)
-    if contender is not None:
-        contender.settle()
-    return time.perf_counter() - begun
-
-
-class LoopState(State):
-    """A state whose optimizer is AdamW."""
-
-    def flat(self) -> dict[str, torch.Tensor]:
-        found = {f"p{index}": p.detach() for index, p in enumerate(self.parameters)}
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state[parameter].items():
-                found[f"{name}{index}"] = value
-        return found
-
-
-def measure_loop(steps: int, rounds: int, directory: Path) -> None:
-    names = ["Unbroken background", "Unbroken sync", "torch.save + fsync", "DCP async"]
+def measure_loop(names: list[str], intervals: list[int], pairs: int, directory: Path) -> None:
+    loop = Loop()
+    for _ in range(3):
+        loop.step()
     print(
-        f"\ntraining loop, 25 million parameters, {steps} steps: how much longer with a save every so many steps"
+        f"\ntraining loop, 25 million parameters: how much longer steps take in %, {pairs} pairs of stretches"
     )
-    print(f"{'':30}" + "".join(f"{interval:>12}" for interval in (1, 5, 20)))
-    longer: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
-        for interval in (1, 5, 20):
-            place = Path(tempfile.mkdtemp(dir=directory))
-            made = contenders(place)
-            for contender in made:
-                if contender.name in names:
-                    plain = loop(steps, None, None)
-                    saving = loop(steps, interval, contender)
-                    longer.setdefault((contender.name, interval), []).append(saving / plain - 1)
-                contender.close()
-            shutil.rmtree(place)
     for name in names:
-        figures = [statistics.median(longer[name, interval]) for interval in (1, 5, 20)]
-        print(f"{name:30}" + "".join(f"{100 * figure:11.1f}%" for figure in figures), flush=True)
+        place = Path(tempfile.mkdtemp(dir=directory))
+        contender = make(name, place, deletes=True)
+        try:
+            loop.stretch(WARM_UPS, 1, contender)
+            for interval in intervals:
+                measure_interval(loop, contender, interval, pairs)
+        finally:
+            contender.close()
+            shutil.rmtree(place)
+
+
+def measure_interval(loop: Loop, contender: Contender, interval: int, pairs: int) -> None:
+    steps = STRETCH_STEPS.get(interval, interval)
+    before = loop.stretch(steps, interval, None)
+    longer: list[float] = []
+    for _ in range(pairs):
+        saving = loop.stretch(steps, interval, contender)
+        after = loop.stretch(steps, interval, None)
+        longer.append(100 * (2 * saving / (before + after) - 1))
+        before = after
+    line = f"{contender.name:21} a save every {interval:2} steps: {quarters(longer):>24} %"
+    print(f"{line}   of {1000 * before / steps:.0f} ms a step", flush=True)
 
 
 def main() -> int:
@@ -367,22 +463,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000], help="megabytes of state")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop-steps", type=int, default=20, help="0 leaves the training loop out")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="of stretches of the training loop; 0 leaves it out"
+    )
+    parser.add_argument("--only", nargs="*", choices=[*OURS, *OTHERS], default=[*OURS, *OTHERS])
+    parser.add_argument("--intervals", type=int, nargs="*", default=[1, 5, 20], help="steps between saves")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings(
-        "ignore", module="torch.distributed"
-    )  # One process, and a checkpoint written over.
-    print(
-        f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-    )
+    # One process, and a checkpoint written over.
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(f"{machine}, load {os.getloadavg()[0]:.1f}")
     print("command: " + " ".join([Path(sys.executable).name, *sys.argv]))
-    measure_states(arguments.sizes, arguments.rounds, arguments.directory)
-    if arguments.loop_steps:
-        measure_loop(arguments.loop_steps, max(1, arguments.rounds // 2), arguments.directory)
-    assert threading.active_count() < 50, "nobody leaves threads behind"
+    names = list(arguments.only)
+    if "moonclip" in names and importlib.util.find_spec("moonclip") is None:
+        names.remove("moonclip")
+        print("Moonclip is left out: it is not installed (pip install moonclip==0.3.1)")
+    measure_states(arguments.sizes, names, arguments.rounds, arguments.directory)
+    if arguments.pairs:
+        measure_loop(names, arguments.intervals, arguments.pairs, arguments.directory)
     return 0
 
 

@@ -475,6 +475,15 @@ impl Run {
     ///
     /// Nothing that was committed before is touched. A full disk's error has the bytes needed and free.
     pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
+        Ok(self.commit_memory(commit, false)?.info().clone())
+    }
+
+    /// [`Run::commit`] of memory that nobody changes meanwhile: it may be written from where it is.
+    pub(crate) fn commit_still(&self, commit: Commit) -> Result<Checkpoint> {
+        self.commit_memory(commit, true)
+    }
+
+    fn commit_memory(&self, commit: Commit, still: bool) -> Result<Checkpoint> {
         self.check_lock()?;
         let (step, phase) = (commit.step, commit.phase);
         let mut store = guard(&self.store);
@@ -490,7 +499,7 @@ impl Run {
             _ => None,
         };
         let journal_head = self.durable_head(step, phase)?;
-        let checkpoint = store.commit(commit, self.life, now(), journal_head)?;
+        let checkpoint = store.commit(commit, self.life, now(), journal_head, still)?;
         *guard(&self.listed) = store.checkpoints();
         let durable = Instant::now();
         let saved = Saved {
@@ -508,7 +517,7 @@ impl Run {
             // error of the next record.
             let _ = writer.saved(step, &saved, &outline, now());
         }
-        Ok(checkpoint.info().clone())
+        Ok(checkpoint)
     }
 
     /// Appends the event behind a checkpoint that was made without [`Run::commit`]. Same durability as [`Run::record`].

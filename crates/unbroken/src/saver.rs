@@ -4,14 +4,16 @@
 //! at a time, on a thread of its own; the next one waits for it. One arena holds the copy: as large as the largest state
 //! saved so far, kept and used again.
 
+use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, copy_all};
 use crate::digest::Fingerprint;
 use crate::error::{Error, Result};
+use crate::format::manifest::{Manifest, StorageEntry};
 use crate::run::Run;
 use crate::state::Value;
 use crate::store::{CheckpointInfo, Commit, Retention};
@@ -22,6 +24,7 @@ const PIECE: usize = 4 << 20;
 const WORTH_LENDING: usize = 8 << 20;
 /// Where copies begin in the arena.
 const ALIGNMENT: usize = 64;
+
 /// A checkpoint without its memory. See [`Commit`].
 #[derive(Clone, Debug)]
 pub struct Save {
@@ -78,6 +81,8 @@ pub enum Outcome {
 pub struct Saver {
     run: Arc<Run>,
     state: Mutex<State>,
+    /// Where the last pack has which storage.
+    places: Arc<Mutex<Vec<Place>>>,
     /// The process that its threads are in: a fork has none of them.
     pid: u32,
 }
@@ -162,6 +167,7 @@ impl Saver {
         Saver {
             run,
             state: Mutex::default(),
+            places: Arc::default(),
             pid: std::process::id(),
         }
     }
@@ -201,19 +207,21 @@ impl Saver {
             .filter(|region| region.lent)
             .map(|region| region.length)
             .sum();
-        let mut spans = Vec::with_capacity(regions.len());
-        let mut end = 0usize;
-        for region in regions {
-            spans.push(end..end + region.length);
-            end = (end + region.length).next_multiple_of(ALIGNMENT);
-        }
+        let lengths: Vec<usize> = regions.iter().map(|region| region.length).collect();
+        let (spans, end) = lay_out(&lengths, &lock(&self.places));
         let arena = self.arena(&mut state, end)?;
         let seed = save.step;
-        let (mut pieces, mut expected) = (Vec::new(), Vec::new());
+        let (mut pieces, mut expected, mut at_once) = (Vec::new(), Vec::new(), Vec::new());
         for (index, (region, span)) in regions.iter().zip(&spans).enumerate() {
             if lent < WORTH_LENDING || !region.lent {
-                // SAFETY: the caller's promise; no thread uses the arena yet.
-                unsafe { copy(region.address, &arena, span.start, region.length) };
+                assert!(span.end <= arena.len(), "the arena was made for all of it");
+                // SAFETY: the caller's promise; no thread uses the arena yet, and no two spans have a byte in common.
+                at_once.push(unsafe {
+                    (
+                        look_at(region),
+                        std::slice::from_raw_parts_mut(arena.address().add(span.start), span.len()),
+                    )
+                });
                 continue;
             }
             // SAFETY: the caller's promise.
@@ -227,6 +235,7 @@ impl Saver {
                 });
             }
         }
+        copy_all(at_once);
         let copying = Arc::new(Copying {
             arena,
             pieces,
@@ -235,6 +244,7 @@ impl Saver {
             changed: Condvar::new(),
         });
         let (run, theirs) = (Arc::clone(&self.run), Arc::clone(&copying));
+        let places = Arc::clone(&self.places);
         let work = move || {
             give_way();
             theirs.help();
@@ -250,7 +260,7 @@ impl Saver {
                 return Outcome::Torn { step };
             }
             let storages = spans.iter().map(|span| &bytes[span.clone()]).collect();
-            match write(&run, save, storages) {
+            match write(&run, save, storages, &places) {
                 Ok(info) => Outcome::Saved(info),
                 Err(error) => Outcome::Failed { step, error },
             }
@@ -376,8 +386,8 @@ fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
     }
 }
 
-fn write(run: &Run, save: Save, storages: Vec<&[u8]>) -> Result<CheckpointInfo> {
-    let info = run.commit(Commit {
+fn write(run: &Run, save: Save, storages: Vec<&[u8]>, places: &Mutex<Vec<Place>>) -> Result<CheckpointInfo> {
+    let checkpoint = run.commit_still(Commit {
         step: save.step,
         phase: save.phase,
         tree: save.tree,
@@ -387,10 +397,66 @@ fn write(run: &Run, save: Save, storages: Vec<&[u8]>) -> Result<CheckpointInfo> 
         metrics: save.metrics,
         pinned: save.pinned,
     })?;
+    *lock(places) = places_in(checkpoint.manifest());
     if let Some(keep) = save.keep {
         run.prune(&keep, false)?;
     }
-    Ok(info)
+    Ok(checkpoint.info().clone())
+}
+
+/// What a storage was last: its length, and where it went in the pack; `None` where it was on disk already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    length: usize,
+    offset: Option<usize>,
+}
+
+/// Where a checkpoint's own pack has which storage.
+fn places_in(manifest: &Manifest) -> Vec<Place> {
+    let own = manifest
+        .packs
+        .len()
+        .checked_sub(1)
+        .filter(|_| manifest.new_bytes > 0);
+    let place = |storage: &StorageEntry| Place {
+        length: storage.length as usize,
+        offset: own
+            .is_some_and(|own| storage.pack as usize == own)
+            .then_some(storage.offset as usize),
+    };
+    manifest.storages.iter().map(place).collect()
+}
+
+/// Where in the arena each storage's copy goes, and how long the arena must be.
+///
+/// Where the last pack was of the same storages, the arena is laid out as that one was: the next one is probably laid
+/// out so, too, and what lies in memory as in the file is written from there.
+fn lay_out(lengths: &[usize], places: &[Place]) -> (Vec<Range<usize>>, usize) {
+    let as_before = lengths.iter().eq(places.iter().map(|place| &place.length));
+    let mut spans = vec![0..0; lengths.len()];
+    let mut placed = vec![false; lengths.len()];
+    let mut end = 0;
+    if as_before {
+        let offset_of = |&index: &usize| places[index].offset;
+        let mut order: Vec<usize> = (0..lengths.len())
+            .filter(|index| offset_of(index).is_some())
+            .collect();
+        order.sort_by_key(offset_of);
+        for index in order {
+            let start = offset_of(&index).expect("others were left out");
+            if start >= end {
+                end = start + lengths[index]; // Else its bytes are another's, too, which now has the place.
+                spans[index] = start..end;
+                placed[index] = true;
+            }
+        }
+    }
+    for (index, length) in lengths.iter().enumerate().filter(|(index, _)| !placed[*index]) {
+        let start = end.next_multiple_of(ALIGNMENT);
+        end = start + length;
+        spans[index] = start..end;
+    }
+    (spans, end)
 }
 
 /// Lets the training go first where there are fewer cores than threads.
@@ -398,4 +464,49 @@ fn give_way() {
     // On Linux this is the calling thread's own, and that of the threads it starts. Refused, nothing is lost.
     #[cfg(target_os = "linux")]
     let _ = rustix::process::setpriority_process(None, 5);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn place() -> impl Strategy<Value = Place> {
+        (0..300usize, proptest::option::of(0..900usize)).prop_map(|(length, offset)| Place { length, offset })
+    }
+
+    proptest! {
+        #[test]
+        fn no_two_copies_share_a_byte_wherever_the_last_pack_had_them(
+            places in proptest::collection::vec(place(), 0..9), other: bool
+        ) {
+            let mut lengths: Vec<usize> = places.iter().map(|place| place.length).collect();
+            if other {
+                lengths.push(70);
+            }
+            let (spans, end) = lay_out(&lengths, &places);
+            prop_assert!(spans.iter().map(ExactSizeIterator::len).eq(lengths));
+            prop_assert!(spans.iter().all(|span| span.end <= end));
+            let mut by_start: Vec<&Range<usize>> = spans.iter().filter(|span| !span.is_empty()).collect();
+            by_start.sort_by_key(|span| span.start);
+            prop_assert!(by_start.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        }
+    }
+
+    #[test]
+    fn copies_lie_as_the_last_pack_had_them_and_what_was_on_disk_lies_behind() {
+        let place = |length, offset| Place { length, offset };
+        let places = [
+            place(10, Some(202)),
+            place(70, None),
+            place(74, Some(128)),
+            place(10, Some(202)),
+        ];
+        let (spans, end) = lay_out(&[10, 70, 74, 10], &places);
+        assert_eq!(spans, [202..212, 256..326, 128..202, 384..394]);
+        assert_eq!(end, 394);
+        let (spans, _) = lay_out(&[10, 71, 74, 10], &places);
+        assert_eq!(spans, [0..10, 64..135, 192..266, 320..330]);
+    }
 }

@@ -364,7 +364,8 @@ struct Habit {
 pub struct Tuning {
     /// Bytes that are copied, digested and written at a time; at least [`crate::digest::GROUP`].
     pub piece: usize,
-    /// Threads that do so, each with a buffer of that size.
+    /// Writes that are under way at a time; there are a few buffers more, that others digest into. With 1, all of it is
+    /// done by the thread that commits.
     pub workers: usize,
     /// Packs from this size on are written over the file of a deleted one.
     pub reuse_from: u64,

@@ -379,19 +379,18 @@ impl DiskOutput {
         }
     }
 
-    /// The descriptor for a write past the page cache, where this one can be one.
-    fn direct(&self, offset: u64, bytes: &[u8]) -> Option<&OwnedFd> {
-        let aligned = |number: usize| number.is_multiple_of(DIRECT_ALIGNMENT);
+    /// The descriptor for a write past the page cache, where this one can be one, and how much of it.
+    fn direct<'b>(&self, offset: u64, bytes: &'b [u8]) -> Option<(&OwnedFd, &'b [u8])> {
         let suits = bytes.len() >= DIRECT_FROM
-            && aligned(bytes.len())
-            && aligned(bytes.as_ptr() as usize)
+            && bytes.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
             && offset.is_multiple_of(DIRECT_ALIGNMENT as u64)
             && !self.refused.load(Ordering::Relaxed);
         if !suits {
             return None;
         }
         let open = || open_direct(&self.fd, OFlags::WRONLY);
-        self.direct.get_or_init(open).as_ref()
+        let whole = bytes.len() / DIRECT_ALIGNMENT * DIRECT_ALIGNMENT; // The rest is another write.
+        Some((self.direct.get_or_init(open).as_ref()?, &bytes[..whole]))
     }
 }
 
@@ -410,8 +409,8 @@ fn open_direct(_fd: &OwnedFd, _access: OFlags) -> Option<OwnedFd> {
 
 impl Output for DiskOutput {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(direct) = self.direct(offset, bytes) {
-            match rustix::io::pwrite(direct, bytes, offset) {
+        if let Some((direct, whole)) = self.direct(offset, bytes) {
+            match rustix::io::pwrite(direct, whole, offset) {
                 Err(Errno::INVAL | Errno::OPNOTSUPP) => self.refused.store(true, Ordering::Relaxed),
                 outcome => return Ok(outcome?),
             }

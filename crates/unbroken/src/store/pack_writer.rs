@@ -1,51 +1,65 @@
-//! Writing a pack in one pass over memory: each piece is copied into an aligned buffer, digested there and written.
+//! Writing a pack in one pass over memory, digested on its way, with the disk and the processor busy at once.
 //!
-//! Touches: one file, at every place of it once; the memory that it is given, read once. Several workers each take the
-//! next piece of the file, so that one digests while another's write is under way. What is digested is what is written.
+//! Touches: one file, at every place of it once; the memory that it is given, read only. Some threads digest pieces of
+//! the file, others write them: those that wait for the disk need no core. Memory that somebody else might change is
+//! copied into an aligned buffer, digested there and written from there; a copy that nobody changes, and that lies as a
+//! direct write needs it, is written from where it is. Either way what is digested is what is written.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::arena::Arena;
 use crate::digest::{Assembly, Digest, GROUP};
 use crate::error::{Error, Result};
-use crate::storage::File;
+use crate::storage::{DIRECT_ALIGNMENT, File};
+
+/// Most threads that digest: beyond that, they are faster than any disk.
+const MAX_DIGESTERS: usize = 4;
+/// Pieces that are written at once from where they are: longer writes are faster, and these need no buffer.
+const AT_ONCE: usize = 4;
 
 /// The buffers that packs are written from, kept from one to the next.
 #[derive(Debug)]
 pub(super) struct Buffers {
     arena: Option<Arena>,
     piece: usize,
-    workers: usize,
+    writers: usize,
 }
 
 impl Buffers {
-    /// Buffers of `piece` bytes each for that many workers; memory is taken at the first use.
-    pub(super) fn new(piece: usize, workers: usize) -> Buffers {
-        assert!(piece >= GROUP && workers > 0, "a group spans two pieces at most");
+    /// Buffers of `piece` bytes each, for that many writes at a time; memory is taken at the first use.
+    pub(super) fn new(piece: usize, writers: usize) -> Buffers {
+        assert!(piece >= GROUP && writers > 0, "a group spans two pieces at most");
         Buffers {
             arena: None,
             piece,
-            workers,
+            writers,
         }
     }
 
-    fn take(&mut self, count: usize, path: &std::path::Path) -> Result<impl Iterator<Item = &mut [u8]>> {
+    fn take(&mut self, count: usize, path: &std::path::Path) -> Result<Vec<&mut [u8]>> {
         let needed = count * self.piece;
-        if self.arena.as_ref().is_none_or(|arena| arena.len() < needed) {
+        if count > 0 && self.arena.as_ref().is_none_or(|arena| arena.len() < needed) {
             self.arena = None;
             let arena = Arena::new(needed).map_err(|error| Error::io("take memory to write", path, error))?;
             self.arena = Some(arena);
         }
-        let arena = self.arena.as_mut().expect("it was just made");
-        Ok(arena.bytes_mut().chunks_exact_mut(self.piece).take(count))
+        let Some(arena) = &mut self.arena else {
+            return Ok(Vec::new());
+        };
+        Ok(arena
+            .bytes_mut()
+            .chunks_exact_mut(self.piece)
+            .take(count)
+            .collect())
     }
 }
 
-/// The pack while it is written.
+/// What of the file has which bytes, and what of their digests is known.
 struct Job<'a> {
     file: &'a File,
     piece: usize,
+    still: bool,
     /// Header, then storages; where each begins in the file.
     parts: Vec<&'a [u8]>,
     starts: Vec<usize>,
@@ -54,119 +68,302 @@ struct Job<'a> {
     digests: Vec<Assembly>,
     /// Groups that lie in two pieces, by the second one's number.
     seams: Vec<Mutex<Seam>>,
-    next: AtomicUsize,
-    failed: AtomicBool,
 }
 
-/// The bytes of a group that two workers bring.
+/// The bytes of a group that two pieces bring.
 #[derive(Debug, Default)]
 struct Seam {
     bytes: Vec<u8>,
     arrived: usize,
 }
 
-/// Writes header and storages one behind the other, and returns each storage's digest.
+/// Pieces on their way to the disk, between those who digest and those who write.
+struct Line<'a, 'b> {
+    job: &'a Job<'a>,
+    state: Mutex<State<'a, 'b>>,
+    changed: Condvar,
+}
+
+struct State<'a, 'b> {
+    /// Number of the next piece to digest.
+    next: usize,
+    /// Where in the file those are written from where they are, and what.
+    straight: VecDeque<(usize, &'a [u8])>,
+    /// Digested, to be written; and empty again.
+    filled: VecDeque<(usize, usize, &'b mut [u8])>,
+    empty: Vec<&'b mut [u8]>,
+    /// How many still digest.
+    digesting: usize,
+    failed: bool,
+}
+
+/// Writes header and storages one behind the other, and returns each storage's digest. With `still`, nobody changes
+/// the storages meanwhile.
 ///
 /// Touches no byte of the file behind them; nothing is durable before the file is synced.
 pub(super) fn write<'a>(
-    file: &File,
+    file: &'a File,
     header: &'a [u8],
     storages: impl Iterator<Item = &'a [u8]>,
+    still: bool,
     buffers: &mut Buffers,
 ) -> Result<Vec<Digest>> {
-    let parts: Vec<&[u8]> = std::iter::once(header).chain(storages).collect();
-    let mut length = 0;
-    let mut starts = Vec::with_capacity(parts.len());
-    for part in &parts {
-        starts.push(length);
-        length += part.len();
-    }
-    let pieces = length.div_ceil(buffers.piece);
-    let job = Job {
-        file,
-        piece: buffers.piece,
-        starts,
-        length,
-        digests: parts[1..]
-            .iter()
-            .map(|part| Assembly::new(part.len() as u64))
-            .collect(),
-        parts,
-        seams: (0..pieces).map(|_| Mutex::default()).collect(),
-        next: AtomicUsize::new(0),
-        failed: AtomicBool::new(false),
-    };
-    let workers = buffers.workers.min(pieces);
+    let job = Job::new(file, header, storages, still, buffers.piece);
+    let straight = job.straight();
+    let pieces = job.length.div_ceil(job.piece);
+    let copied = (0..pieces).filter(|&piece| job.in_place(piece).is_none()).count();
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let writers = buffers.writers.min(pieces);
+    let digesters = cores.min(MAX_DIGESTERS).min(writers);
+    let alone = writers < 2;
     let path = file.path();
-    let mut memory = buffers.take(workers, &path)?;
-    let own = memory.next().expect("at least one buffer");
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = memory.map(|buffer| scope.spawn(|| job.work(buffer))).collect();
-        let outcome = job.work(own);
-        helpers.into_iter().fold(outcome, |outcome, helper| {
-            outcome.and(
-                helper
+    let empty = buffers.take(copied.min(if alone { 1 } else { writers + digesters }), &path)?;
+    if alone {
+        job.write_alone(empty, straight)?;
+    } else {
+        let line = Line {
+            job: &job,
+            state: Mutex::new(State {
+                next: 0,
+                straight,
+                filled: VecDeque::new(),
+                empty,
+                digesting: digesters,
+                failed: false,
+            }),
+            changed: Condvar::new(),
+        };
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..writers).map(|_| scope.spawn(|| line.write())).collect();
+            for _ in 1..digesters {
+                scope.spawn(|| line.digest());
+            }
+            line.digest();
+            writers.into_iter().try_for_each(|writer| {
+                writer
                     .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            )
-        })
-    })?;
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        })?;
+    }
     Ok(job.digests.iter().map(Assembly::finish).collect())
 }
 
-impl Job<'_> {
-    /// Writes pieces until there are no more, or one could not be written.
-    fn work(&self, buffer: &mut [u8]) -> Result<()> {
-        while !self.failed.load(Ordering::Relaxed) {
-            let piece = self.next.fetch_add(1, Ordering::Relaxed);
-            let start = piece * self.piece;
-            if start >= self.length {
-                break;
+impl<'a, 'b> Line<'a, 'b> {
+    /// Digests pieces until there are no more, or one could not be written.
+    fn digest(&self) {
+        let pieces = self.job.length.div_ceil(self.job.piece);
+        let mut state = self.lock();
+        while state.next < pieces && !state.failed {
+            let piece = state.next;
+            if let Some(bytes) = self.job.in_place(piece) {
+                state.next += 1;
+                drop(state);
+                self.job.digest_in_place(piece, bytes);
+                state = self.lock();
+            } else if let Some(buffer) = state.empty.pop() {
+                state.next += 1;
+                drop(state);
+                let filled = self.job.fill(piece, buffer);
+                state = self.lock();
+                state.filled.push_back((piece, filled, buffer));
+                self.changed.notify_all();
+            } else {
+                state = self.wait(state);
             }
-            let filled = (self.length - start).min(self.piece);
-            self.fill(piece, start, &mut buffer[..filled]);
-            if let Err(error) = self.file.write_all_at(start as u64, &buffer[..filled]) {
-                self.failed.store(true, Ordering::Relaxed);
-                return Err(error);
+        }
+        state.digesting -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Writes what there is to write until nothing more can come, or something could not be written.
+    fn write(&self) -> Result<()> {
+        let mut state = self.lock();
+        while !state.failed {
+            if let Some((piece, filled, buffer)) = state.filled.pop_front() {
+                drop(state);
+                let outcome = self
+                    .job
+                    .file
+                    .write_all_at((piece * self.job.piece) as u64, &buffer[..filled]);
+                state = self.lock();
+                state.empty.push(buffer);
+                self.told(&mut state, outcome)?;
+            } else if let Some((offset, bytes)) = state.straight.pop_front() {
+                drop(state);
+                let outcome = self.job.file.write_all_at(offset as u64, bytes);
+                state = self.lock();
+                self.told(&mut state, outcome)?;
+            } else if state.digesting == 0 {
+                break;
+            } else {
+                state = self.wait(state);
             }
         }
         Ok(())
     }
 
-    /// Copies what the file has from `start` on into the buffer, and digests it.
-    fn fill(&self, piece: usize, start: usize, buffer: &mut [u8]) {
-        let mut part = self.starts.partition_point(|&begin| begin <= start) - 1;
-        let mut done = 0;
-        while done < buffer.len() {
-            let from = start + done - self.starts[part];
-            let count = (self.parts[part].len() - from).min(buffer.len() - done);
-            self.copy(piece, part, from, &mut buffer[done..done + count]);
-            done += count;
-            part += 1;
+    /// Lets the others know that a write is over.
+    fn told(&self, state: &mut State, outcome: Result<()>) -> Result<()> {
+        state.failed |= outcome.is_err();
+        self.changed.notify_all();
+        outcome
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<'a, 'b>> {
+        self.state.lock().expect("nothing panics with it")
+    }
+
+    fn wait<'g>(&'g self, state: MutexGuard<'g, State<'a, 'b>>) -> MutexGuard<'g, State<'a, 'b>> {
+        self.changed.wait(state).expect("nothing panics with it")
+    }
+}
+
+impl<'a> Job<'a> {
+    fn new(
+        file: &'a File,
+        header: &'a [u8],
+        storages: impl Iterator<Item = &'a [u8]>,
+        still: bool,
+        piece: usize,
+    ) -> Job<'a> {
+        let parts: Vec<&[u8]> = std::iter::once(header).chain(storages).collect();
+        let mut length = 0;
+        let mut starts = Vec::with_capacity(parts.len());
+        for part in &parts {
+            starts.push(length);
+            length += part.len();
+        }
+        let digest = |part: &&[u8]| Assembly::new(part.len() as u64);
+        Job {
+            file,
+            piece,
+            still,
+            starts,
+            length,
+            digests: parts[1..].iter().map(digest).collect(),
+            parts,
+            seams: (0..length.div_ceil(piece)).map(|_| Mutex::default()).collect(),
         }
     }
 
-    /// Copies bytes of one part, from its byte `from` on, and digests them; a group that is cut off goes to the seam.
-    fn copy(&self, piece: usize, part: usize, from: usize, into: &mut [u8]) {
-        let source = &self.parts[part][from..from + into.len()];
-        let Some(storage) = part.checked_sub(1) else {
-            return into.copy_from_slice(source); // The header's digest is in the layout.
-        };
-        let end = from + into.len();
-        let mut at = from;
-        while at < end {
-            let group_end = ((at / GROUP + 1) * GROUP).min(self.parts[part].len());
-            let stop = group_end.min(end);
-            let bytes = &mut into[at - from..stop - from];
-            bytes.copy_from_slice(&source[at - from..stop - from]);
-            if !at.is_multiple_of(GROUP) {
-                self.sew(piece, storage, at, group_end, bytes); // It began in the piece before.
-            } else if stop < group_end {
-                self.sew(piece + 1, storage, at, group_end, bytes);
-            } else {
-                self.digests[storage].put(at / GROUP, bytes); // Still in the nearest cache.
+    /// Writes everything on this thread, with one buffer.
+    fn write_alone(
+        &self,
+        mut buffers: Vec<&mut [u8]>,
+        straight: impl IntoIterator<Item = (usize, &'a [u8])>,
+    ) -> Result<()> {
+        for piece in 0..self.length.div_ceil(self.piece) {
+            if let Some(bytes) = self.in_place(piece) {
+                self.digest_in_place(piece, bytes);
+                continue;
             }
+            let filled = self.fill(piece, buffers[0]);
+            self.file
+                .write_all_at((piece * self.piece) as u64, &buffers[0][..filled])?;
+        }
+        straight
+            .into_iter()
+            .try_for_each(|(offset, bytes)| self.file.write_all_at(offset as u64, bytes))
+    }
+
+    /// The part that has the file's byte `at`, and which of its bytes that is.
+    fn find(&self, at: usize) -> (usize, usize) {
+        let part = self.starts.partition_point(|&begin| begin <= at) - 1;
+        (part, at - self.starts[part])
+    }
+
+    /// A whole piece's bytes where it can be written from where they are.
+    fn in_place(&self, piece: usize) -> Option<&'a [u8]> {
+        let start = piece * self.piece;
+        let end = start + self.piece;
+        if !self.still || end > self.length {
+            return None;
+        }
+        let (part, from) = self.find(start);
+        let bytes = self.parts[part].get(from..from + self.piece)?;
+        (part > 0 && bytes.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)).then_some(bytes)
+    }
+
+    /// All that is written from where it is, in as few writes as are worth it.
+    fn straight(&self) -> VecDeque<(usize, &'a [u8])> {
+        let mut found: VecDeque<(usize, &[u8])> = VecDeque::new();
+        for piece in 0..self.length / self.piece {
+            let Some(bytes) = self.in_place(piece) else {
+                continue;
+            };
+            let start = piece * self.piece;
+            let (part, from) = self.find(start);
+            if let Some((before, last)) = found.back_mut()
+                && *before + last.len() == start
+                && from >= last.len()
+                && last.len() < AT_ONCE * self.piece
+            {
+                *last = &self.parts[part][from - last.len()..from + bytes.len()];
+            } else {
+                found.push_back((start, bytes));
+            }
+        }
+        found
+    }
+
+    /// Digests a piece that lies in one part.
+    fn digest_in_place(&self, piece: usize, bytes: &[u8]) {
+        let (part, from) = self.find(piece * self.piece);
+        self.each_group(part, from, bytes.len(), |at, stop, group_end| {
+            self.digest(piece, part, at, group_end, &bytes[at - from..stop - from]);
+        });
+    }
+
+    /// Copies what the file has in a piece into the buffer, digests it, and returns how much it is.
+    fn fill(&self, piece: usize, buffer: &mut [u8]) -> usize {
+        let start = piece * self.piece;
+        let filled = (self.length - start).min(self.piece);
+        let (mut part, _) = self.find(start);
+        let mut done = 0;
+        while done < filled {
+            let from = start + done - self.starts[part];
+            let count = (self.parts[part].len() - from).min(filled - done);
+            let (source, into) = (
+                &self.parts[part][from..from + count],
+                &mut buffer[done..done + count],
+            );
+            if part == 0 {
+                into.copy_from_slice(source); // The header's digest is in the layout.
+            } else {
+                self.each_group(part, from, count, |at, stop, group_end| {
+                    let bytes = &mut into[at - from..stop - from];
+                    bytes.copy_from_slice(&source[at - from..stop - from]);
+                    self.digest(piece, part, at, group_end, bytes); // Still in the nearest cache.
+                });
+            }
+            done += count;
+            part += 1;
+        }
+        filled
+    }
+
+    /// Calls `visit` for each group that `count` bytes of a part, from its byte `from` on, have a share in: where the
+    /// share begins and stops, and where the group ends.
+    fn each_group(&self, part: usize, from: usize, count: usize, mut visit: impl FnMut(usize, usize, usize)) {
+        let mut at = from;
+        while at < from + count {
+            let group_end = ((at / GROUP + 1) * GROUP).min(self.parts[part].len());
+            let stop = group_end.min(from + count);
+            visit(at, stop, group_end);
             at = stop;
+        }
+    }
+
+    /// Digests a share of a group; one that is cut off goes to the seam.
+    fn digest(&self, piece: usize, part: usize, at: usize, group_end: usize, bytes: &[u8]) {
+        let storage = part - 1;
+        if !at.is_multiple_of(GROUP) {
+            self.sew(piece, storage, at, group_end, bytes); // It began in the piece before.
+        } else if at + bytes.len() < group_end {
+            self.sew(piece + 1, storage, at, group_end, bytes);
+        } else {
+            self.digests[storage].put(at / GROUP, bytes);
         }
     }
 
@@ -193,6 +390,7 @@ mod tests {
 
     use super::*;
     use crate::storage::Directory;
+    use crate::storage::faulty::{Fault, FaultyStorage};
     use crate::storage::memory::MemoryStorage;
 
     fn lengths() -> impl Strategy<Value = Vec<usize>> {
@@ -200,11 +398,35 @@ mod tests {
         proptest::collection::vec(length, 0..8)
     }
 
+    /// Writes storages that lie one behind the other in an arena, from its byte `begin` on, and returns file and digests.
+    fn written(
+        storages: &[Vec<u8>],
+        header: &[u8],
+        begin: usize,
+        still: bool,
+        buffers: &mut Buffers,
+    ) -> (Vec<u8>, Vec<Digest>) {
+        let bytes = storages.concat();
+        let mut arena = Arena::new(begin + bytes.len()).unwrap();
+        arena.bytes_mut()[begin..begin + bytes.len()].copy_from_slice(&bytes);
+        let mut rest = &arena.bytes()[begin..];
+        let slices = storages.iter().map(|storage| {
+            let (slice, behind) = rest.split_at(storage.len());
+            rest = behind;
+            slice
+        });
+        let memory = MemoryStorage::new();
+        let file = Directory::new(Arc::new(memory.clone())).create_new("f").unwrap();
+        let digests = write(&file, header, slices, still, buffers).unwrap();
+        (memory.files()["f"].clone(), digests)
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(60))]
         #[test]
         fn every_cut_into_pieces_writes_the_same_file_and_digests(
-            lengths in lengths(), header in 1..300usize, pieces in 1..4usize, odd in 0..70usize, workers in 1..4usize
+            lengths in lengths(), header in 1..300usize, pieces in 1..4usize, odd in 0..70usize, writers in 1..4usize,
+            still: bool, as_in_the_file: bool
         ) {
             let storages: Vec<Vec<u8>> = lengths
                 .iter()
@@ -212,13 +434,48 @@ mod tests {
                 .map(|(at, &length)| (0..length).map(|index| (index * (at + 3) / 5) as u8).collect())
                 .collect();
             let header = vec![9; header];
-            let memory = MemoryStorage::new();
-            let file = Directory::new(Arc::new(memory.clone())).create_new("f").unwrap();
-            let mut buffers = Buffers::new(pieces * GROUP + odd, workers);
-            let digests = write(&file, &header, storages.iter().map(Vec::as_slice), &mut buffers).unwrap();
+            let mut buffers = Buffers::new(pieces * GROUP + odd, writers);
+            let begin = if as_in_the_file { header.len() } else { 64 };
+            let (file, digests) = written(&storages, &header, begin, still, &mut buffers);
             let expected: Vec<Digest> = storages.iter().map(|bytes| Digest::of(bytes)).collect();
             prop_assert_eq!(digests, expected);
-            prop_assert!(memory.files()["f"] == [header, storages.concat()].concat());
+            prop_assert!(file == [header, storages.concat()].concat());
+        }
+    }
+
+    #[test]
+    fn what_lies_in_memory_as_in_the_file_and_stays_is_written_from_there() {
+        let header = vec![9; 128];
+        let storages = [vec![7; 3], vec![8; 11 * GROUP]];
+        for (still, begin, from_there) in [(true, 128, 10), (true, 64, 0), (false, 128, 0)] {
+            let mut arena = Arena::new(begin + 12 * GROUP).unwrap();
+            let bytes = &mut arena.bytes_mut()[begin..][..3 + 11 * GROUP];
+            bytes.copy_from_slice(&storages.concat());
+            let (first, second) = bytes.split_at(3);
+            let memory = MemoryStorage::new();
+            let file = Directory::new(Arc::new(memory)).create_new("f").unwrap();
+            let job = Job::new(&file, &header, [first, second].into_iter(), still, GROUP);
+            let straight = job.straight();
+            let total: usize = straight.iter().map(|(_, bytes)| bytes.len()).sum();
+            assert_eq!(total, from_there * GROUP, "still {still}, from {begin}");
+            assert!(straight.iter().all(|(_, bytes)| bytes.len() <= AT_ONCE * GROUP));
+            if let Some((offset, _)) = straight.front() {
+                assert_eq!((*offset, straight.len()), (GROUP, 3));
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_that_fails_ends_all_the_others() {
+        // The disk refuses one write after the other, with threads in every stage; no call may wait forever.
+        for nth in 0..11 {
+            let faulty = FaultyStorage::new(Arc::new(MemoryStorage::new()));
+            let file = Directory::new(Arc::new(faulty.clone())).create_new("f").unwrap();
+            faulty.fail_at(nth, Fault::Device);
+            let storage = vec![5; 9 * GROUP + 1]; // With the header, ten pieces.
+            let mut buffers = Buffers::new(GROUP, 3);
+            let outcome = write(&file, &[1; 64], std::iter::once(&*storage), false, &mut buffers);
+            assert_eq!(outcome.is_err(), nth < 10, "write {nth}");
         }
     }
 }

@@ -94,7 +94,8 @@ impl Plan {
 }
 
 impl Store {
-    /// Writes one checkpoint.
+    /// Writes one checkpoint. With `still`, nobody changes the storages' bytes meanwhile: they may be written from where
+    /// they are.
     ///
     /// # Durability
     ///
@@ -110,6 +111,7 @@ impl Store {
         life: u32,
         created: String,
         journal_head: Digest,
+        still: bool,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let plan = self.plan(&commit)?;
@@ -140,7 +142,7 @@ impl Store {
         self.check_space(needed)?;
 
         let mut made = Vec::new();
-        let published = self.publish_all(&mut manifest, &plan, &commit.storages, &mut made);
+        let published = self.publish_all(&mut manifest, &plan, &commit.storages, still, &mut made);
         let name = match published {
             Ok(name) => name,
             Err(error) => {
@@ -170,6 +172,7 @@ impl Store {
         manifest: &mut Manifest,
         plan: &Plan,
         storages: &[&[u8]],
+        still: bool,
         made: &mut Vec<String>,
     ) -> Result<String> {
         if let Some((new, layout)) = &plan.new {
@@ -179,7 +182,7 @@ impl Store {
             let (temporary, file) = self.open_temporary(spare, made)?;
             file.reserve(layout.length)?;
             let regions = layout.order.iter().map(|&at| storages[new[at]]);
-            let digests = pack_writer::write(&file, &layout.header, regions, &mut self.buffers)?;
+            let digests = pack_writer::write(&file, &layout.header, regions, still, &mut self.buffers)?;
             let mut written = vec![Digest([0; 32]); new.len()];
             for (&at, digest) in layout.order.iter().zip(digests) {
                 written[at] = digest;
