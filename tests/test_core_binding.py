@@ -280,6 +280,29 @@ def watched(regions: list[tuple[int, int]]) -> _core.WatchedMemory:
     return _core.WatchedMemory(gather=lambda members: (regions, True), tensors=[], data_ptr=id)
 
 
+def test_members_are_the_values_of_dicts_and_what_is_none() -> None:
+    class Part: ...
+
+    a, b, c = Part(), Part(), Part()
+    found: list[list[Any]] = []
+
+    def gather(members: list[Any]) -> tuple[list[tuple[int, int]], bool]:
+        found.append(members)
+        return [], False
+
+    memory = _core.WatchedMemory(gather=gather, tensors=[], data_ptr=id)
+    space = {"a": a, "b": b}
+    assert memory.changed([space, c])
+    assert not memory.changed([space, c])
+    assert not memory.changed(iter([{"other": a}, b, c]))
+    space["b"] = c
+    assert memory.changed([space, c])
+    assert memory.changed([space])
+    assert memory.changed([])
+    assert not memory.changed([])
+    assert found == [[a, b, c], [a, c, c], [a, c], []]
+
+
 def test_moving_a_byte_from_one_region_to_the_next_changes_the_digest() -> None:
     assert _core.digest_bytes(b"ab", b"c") != _core.digest_bytes(b"a", b"bc")
     assert _core.digest_bytes() != _core.digest_bytes(b"")

@@ -1,6 +1,8 @@
 """Policies are plain decisions: when a boundary is saved, what stays, when time is up."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unbroken.errors import InvalidArgument
 from unbroken.policy import SLURM_MARGIN_S, Keep, Policy, as_policy, parse_walltime, walltime_deadline
@@ -25,6 +27,32 @@ def test_seconds_count_from_the_last_commit() -> None:
     policy = Policy(every_seconds=60.0)
     assert not policy.due(step=3, phase=0, seconds_since_last=59.9)
     assert policy.due(step=3, phase=0, seconds_since_last=60.0)
+
+
+@given(
+    st.none() | st.integers(1, 20),
+    st.none() | st.floats(0.5, 30.0),
+    st.lists(st.floats(0.01, 5.0), min_size=1, max_size=60),
+)
+def test_no_boundary_is_due_while_it_is_quiet(
+    every_steps: int | None, every_seconds: float | None, durations: list[float]
+) -> None:
+    policy = Policy(every_steps=every_steps, every_seconds=every_seconds)
+    now = last = 100.0
+    quiet_step, quiet_time = 0, 0.0
+    for step, duration in enumerate(durations, start=1):
+        now += duration
+        due = policy.due(step=step, phase=0, seconds_since_last=now - last)
+        if step < quiet_step and now < quiet_time:
+            assert not due
+            continue
+        quiet_step, quiet_time = policy.quiet_until(step=step, last=last)
+        assert quiet_step > step
+        last = now if due else last
+
+
+def test_a_policy_that_weighs_costs_is_never_quiet() -> None:
+    assert Policy(continuous=0.01).quiet_until(step=7, last=3.0) == (0, 0.0)
 
 
 def test_a_number_means_steps_and_nothing_means_a_minute_and_epoch_ends() -> None:

@@ -397,10 +397,10 @@ def test_another_program_gets_plain_values_and_records() -> None:
 def test_regions_follow_tensors_that_are_replaced_added_or_moved() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model.parameters())
-    objects = {"model": model, "optimizer": optimizer}
+    watches = memory.watches({"model": model, "optimizer": optimizer})
 
     def components() -> dict[str, Any]:
-        return {name: list(part) for name, part in memory.regions(objects).items()}
+        return {name: list(part) for name, part in memory.regions(watches).items()}
 
     def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return [name for name in one if one[name] != other[name]]
@@ -437,13 +437,14 @@ class Caching(nn.Module):
 
 def test_regions_see_tensors_in_plain_attributes_of_the_users_modules() -> None:
     model = Caching()
-    assert memory.regions({"model": model})["state/buffers/model"] == []
+    watches = memory.watches({"model": model})
+    assert memory.regions(watches)["state/buffers/model"] == []
     model.mean = torch.zeros(3)
     model.cache.append(torch.zeros(5))
-    found = memory.regions({"model": model})["state/buffers/model"]
+    found = memory.regions(watches)["state/buffers/model"]
     assert sorted(length for _, length in found) == [12, 20]
     model.cache[0] = torch.zeros(6)
-    assert sorted(length for _, length in memory.regions({"model": model})["state/buffers/model"]) == [12, 24]
+    assert sorted(length for _, length in memory.regions(watches)["state/buffers/model"]) == [12, 24]
 
 
 def test_the_plain_digest_changes_with_counters_options_and_scales() -> None:

@@ -1,6 +1,6 @@
 """The border between Python and the Rust core: what the extension module offers, and nothing clever."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
@@ -151,6 +151,8 @@ class IndexLog:
 class WatchedMemory:
     """The memory of the tensors among some members, found again only when a member was replaced, added or moved.
 
+    The members are given as spaces: the values of each dict among them, and what is no dict by itself.
+
     Args:
         gather: Returns the regions of the tensors among the members and inside containers among them, each once, and
             whether a container holds any.
@@ -165,9 +167,11 @@ class WatchedMemory:
         tensors: list[type],
         data_ptr: Callable[[Any], int],
     ) -> None: ...
-    def regions(self, members: list[Any]) -> list[tuple[int, int]]:
-        """Return (address, length in bytes) of the tensors among members."""
-    def window(self, members: list[Any], turn: int, length: int) -> bytes:
+    def changed(self, spaces: Iterable[Any]) -> bool:
+        """Tell whether the members are others than at the last call of any method; True the first time."""
+    def regions(self, spaces: Iterable[Any]) -> list[tuple[int, int]]:
+        """Return (address, length in bytes) of the tensors among the members."""
+    def window(self, spaces: Iterable[Any], turn: int, length: int) -> bytes:
         """Return one xxh3-128 digest (16 bytes) over `length` bytes of the regions laid end to end as a ring.
 
         Window number `turn` begins at `turn * length`.
@@ -180,10 +184,14 @@ class Recorder:
     Args:
         run: A run that has begun by the time of the first record.
         generators: Their digests are in every record; as "untouched" where they stand at their origins.
+        batches: Digests what was handed out.
+        full: Whether all bytes of a batch are digested.
         tensor: torch.Tensor.
     """
 
-    def __init__(self, run: Run, *, generators: GeneratorReader, tensor: type) -> None: ...
+    def __init__(
+        self, run: Run, *, generators: GeneratorReader, batches: BatchReader, full: bool, tensor: type
+    ) -> None: ...
     def set_origins(self, origins: dict[str, bytes]) -> None:
         """Set the digest of each generator before the first step."""
     def set_optimizers(self, optimizers: list[tuple[str, Any]]) -> None:
@@ -191,7 +199,9 @@ class Recorder:
     @property
     def in_step(self) -> bool:
         """Whether a batch was handed out whose step has no record yet."""
-    def begin_step(self, indices: bytes | None, batch: bytes) -> None:
+    def begin_step(self, indices: bytes | None, batch: object) -> bool:
+        """Note the indices' digest and the batch's; False, and nothing noted, if the reader cannot digest the batch."""
+    def begin_digested_step(self, indices: bytes | None, batch: bytes) -> None:
         """Note the digests of what was handed out."""
     def log(self, name: str, value: object) -> int | float | None:
         """Log a number, a bool, or a tensor with one element, and return it; None, and nothing logged, for others."""

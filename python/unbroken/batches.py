@@ -60,7 +60,9 @@ class Batches(Iterator[Any]):
         if self._role == "new":
             self._begin()
         elif self._role == "steps":
-            self._end_step()
+            self.run._step_done()
+            if self._bar is not None or self._until_step is not None:
+                self._step_counted()
         if self._role == "over":
             raise StopIteration
         session = self.session
@@ -113,8 +115,7 @@ class Batches(Iterator[Any]):
         if self._role == "steps":
             self._open_bar()
 
-    def _end_step(self) -> None:
-        self.run._step_done()
+    def _step_counted(self) -> None:
         if self._bar is not None:
             self._bar.update(1)
         if self._until_step is not None and self.run.step >= self._until_step:

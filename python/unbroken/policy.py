@@ -5,7 +5,9 @@ Touches: nothing but the process environment, in `walltime_deadline`, for Slurm'
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -39,6 +41,19 @@ class Policy:
             raise InvalidArgument(f"every_seconds must be above 0, got {self.every_seconds}")
         if self.continuous is not None and not 0 < self.continuous <= 1:
             raise InvalidArgument(f"continuous must be above 0 and at most 1, got {self.continuous}")
+
+    def quiet_until(self, *, step: int, last: float) -> tuple[int, float]:
+        """Return a step and a time: no boundary within an epoch is due that is after `step` and before both.
+
+        Args:
+            step: Steps done.
+            last: When the last checkpoint was durable. A later one only makes it quiet for longer.
+        """
+        if self.continuous is not None:
+            return 0, 0.0
+        every = self.every_steps
+        next_step = sys.maxsize if every is None else step + every - step % every
+        return next_step, math.inf if self.every_seconds is None else last + self.every_seconds
 
     def due(
         self,

@@ -250,7 +250,7 @@ class Run:
         self._identity: dict[str, Any] = {}
         self._recorded_identity: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
-        self._recorder = digests.recorder(self._core)
+        self._recorder = digests.recorder(self._core, level)
         self._state_digests: digests.StateDigests | None = None
         self._trial: _Trial | None = None
         self._metrics: dict[str, float] = {}
@@ -539,7 +539,6 @@ class Run:
         self._stop.install()
         shield.install()
         self._watch.install()
-        self._saves.install()
         self._core.begin()
         for name, recorded, current in allowed:
             self._overridden = True
@@ -814,9 +813,11 @@ class Run:
 
     def _handed_out(self, session: Session, batch: Any) -> None:
         """Note what goes into the step that begins now, before the user's code can change it."""
-        self._recorder.begin_step(session.indices_digest, digests.batch_digest(batch, level=self._level))
+        indices = session.indices_digest
+        if not self._recorder.begin_step(indices, batch):
+            self._recorder.begin_digested_step(indices, digests.batch_digest(batch, level=self._level))
         self._place.position = session.position
-        if self._proof.trace_step == self._place.step + 1:
+        if self._is_proof and self._proof.trace_step == self._place.step + 1:
             self._trace(batch)
 
     def _trace(self, batch: Any) -> None:
@@ -826,9 +827,12 @@ class Run:
         self._tracer.begin(self.step + 1, batch)
 
     def _step_done(self) -> None:
-        """The boundary after a step, inside the loop: record, save if due, stop if asked."""
+        """The boundary after a step, inside the loop: record, save if due, stop if asked.
+
+        The step's own work has emptied the processor's caches: a Python call costs microseconds here, so few are made.
+        """
         self._record_step()
-        if self._watch.has_seen:
+        if self._watch.seen:
             self._check_tracked()
         if self._is_proof:
             # The same kill is to find the same checkpoints each time: what it does to a save, `saving:K` is for.
@@ -837,7 +841,9 @@ class Run:
             self._proof.reached(f"step:{self.step}")
         if self._saves.has_news:
             self._saves.hear()
-        reason = self._stop.reason or self._proof_ends()
+        reason = self._stop.reason
+        if reason is None and self._is_proof:
+            reason = self._proof_ends()
         if reason is not None or self._due(_IN_EPOCH):
             # What is to happen when this checkpoint is durable, happens at its own boundary.
             wait = self._proof.awaits(f"saved:{self.step}")
@@ -845,7 +851,8 @@ class Run:
             self._proof.reached(f"saved:{self.step}")
         if reason is not None:
             self._exit_for(reason)
-        self._saves.step_begins()
+        if self._saves.weighs:
+            self._saves.step_begins()
 
     def _record_step(self) -> None:
         if self._tracer is not None:
@@ -1027,9 +1034,10 @@ class Run:
         if self._trial is not None:
             # At its end there is a checkpoint to be made: the first under the environment that passed.
             return not self._on_trial(phase)
-        if self._proof.save and f"{self.step}-{phase}" in self._proof.save:
+        step = self._place.step
+        if self._is_proof and f"{step}-{phase}" in self._proof.save:
             return True
-        return self._saves.due(self.step, phase)
+        return self._saves.due(step, phase)
 
     def _commit(self, phase: int, *, wait: bool = False, required: bool = False) -> None:
         """Save this boundary: see `Saves.save`."""

@@ -73,20 +73,22 @@ class Saves:
         self._again = self._again_waiting = False
         now = time.monotonic()
         self._last_durable = self._step_began = now
+        # Boundaries within an epoch before this step and before this time are not due: see `Policy.quiet_until`.
+        self._quiet_until: tuple[int, float] = (0, 0.0)
         # What saving costs is measured where the policy asks for it.
-        self._weighs = policy.continuous is not None
+        self.weighs = policy.continuous is not None
         self._cost = Cost(now)
-        self.has_news = self._weighs
-
-    def install(self) -> None:
-        """Begin to listen for optimizers' steps."""
-        self._fence.install()
+        self.has_news = self.weighs
 
     def due(self, step: int, phase: int) -> bool:
         """Tell whether this boundary is to be saved."""
         if self.pin_next or self._again:
             return True
         now = time.monotonic()
+        quiet_step, quiet_time = self._quiet_until
+        if phase == 0 and step < quiet_step and now < quiet_time:
+            return False
+        self._quiet_until = self._policy.quiet_until(step=step, last=self._last_durable)
         return self._policy.due(
             step=step,
             phase=phase,
@@ -138,15 +140,14 @@ class Saves:
         Raises:
             StorageError: It could not be written.
         """
-        if self._weighs:
+        if self.weighs:
             now = time.monotonic()
             self._cost.step(now - self._step_began, saving=self._under_way is not None)
         self._listen(wait=False)
 
     def step_begins(self) -> None:
-        """The boundary's work is done."""
-        if self._weighs:
-            self._step_began = time.monotonic()
+        """The boundary's work is done. To be called where what a step takes is weighed."""
+        self._step_began = time.monotonic()
 
     def close(self) -> None:
         """Wait for what is under way, and listen no more. Idempotent; what failed is said, not raised."""
@@ -209,6 +210,8 @@ class Saves:
             self._save_waiting(captured, checkpoint, before, required=False)
             return
         self._lent = (captured, owned)
+        # Only now: at each step, a hook costs the training some microseconds.
+        self._fence.install()
         self._under_way = _UnderWay(checkpoint["step"], self.pin_next)
         self.pin_next = self._again = False
         self.has_news = True
@@ -271,7 +274,8 @@ class Saves:
         )
 
     def _over(self, *, pinned: bool) -> None:
+        self._fence.uninstall()
         self._under_way = self._lent = None
         self.pin_next = self.pin_next or pinned
         self._last_durable = time.monotonic()
-        self.has_news = self._weighs
+        self.has_news = self.weighs

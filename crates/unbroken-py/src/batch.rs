@@ -58,6 +58,14 @@ impl BatchReader {
         batch: &Bound<'py, PyAny>,
         full: bool,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let found = self.read(batch, full)?;
+        Ok(found.map(|digest| PyBytes::new(batch.py(), &digest)))
+    }
+}
+
+impl BatchReader {
+    /// A batch's digest; None if there is anything in it that this does not know.
+    pub(crate) fn read(&mut self, batch: &Bound<'_, PyAny>, full: bool) -> PyResult<Option<[u8; 16]>> {
         let py = batch.py();
         let mut reading = Reading::default();
         if !self.walk(batch, full, &mut reading)? {
@@ -79,11 +87,9 @@ impl BatchReader {
             parts.push(digest.0.to_vec());
         }
         let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        Ok(Some(PyBytes::new(py, &Fingerprint::of_regions(&parts).0)))
+        Ok(Some(Fingerprint::of_regions(&parts).0))
     }
-}
 
-impl BatchReader {
     /// Reads an item; false if it holds something that this does not know.
     fn walk(&mut self, item: &Bound<'_, PyAny>, full: bool, reading: &mut Reading) -> PyResult<bool> {
         if item.get_type().is(&self.tensor) {

@@ -12,6 +12,7 @@ use unbroken::Error;
 use unbroken::format::journal::Component;
 use unbroken::journal::Boundary;
 
+use crate::batch::BatchReader;
 use crate::error;
 use crate::generators::GeneratorReader;
 use crate::run::{Difference, Run, component_from_python};
@@ -24,6 +25,8 @@ const UNTOUCHED: &str = "untouched";
 pub(crate) struct Recorder {
     run: Py<Run>,
     generators: Py<GeneratorReader>,
+    batches: Py<BatchReader>,
+    full: bool,
     tensor: Py<PyType>,
     /// Digest of each generator before the first step.
     origins: HashMap<String, Vec<u8>>,
@@ -45,11 +48,19 @@ struct Optimizer {
 #[pymethods]
 impl Recorder {
     #[new]
-    #[pyo3(signature = (run, *, generators, tensor))]
-    fn new(run: Py<Run>, generators: Py<GeneratorReader>, tensor: Py<PyType>) -> Self {
+    #[pyo3(signature = (run, *, generators, batches, full, tensor))]
+    fn new(
+        run: Py<Run>,
+        generators: Py<GeneratorReader>,
+        batches: Py<BatchReader>,
+        full: bool,
+        tensor: Py<PyType>,
+    ) -> Self {
         Recorder {
             run,
             generators,
+            batches,
+            full,
             tensor,
             origins: HashMap::new(),
             optimizers: Vec::new(),
@@ -77,14 +88,20 @@ impl Recorder {
         self.handed_out.is_some()
     }
 
-    fn begin_step(&mut self, indices: Option<&Bound<'_, PyBytes>>, batch: &Bound<'_, PyBytes>) {
-        let part = |name: &str, digest: &Bound<'_, PyBytes>| {
-            (name.to_owned(), Component::Digest(digest.as_bytes().to_vec()))
-        };
-        let mut handed_out = Vec::with_capacity(16);
-        handed_out.extend(indices.map(|digest| part("data/indices", digest)));
-        handed_out.push(part("data/batch", batch));
-        self.handed_out = Some(handed_out);
+    fn begin_step(
+        &mut self,
+        indices: Option<&Bound<'_, PyBytes>>,
+        batch: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let digest = self.batches.borrow_mut(batch.py()).read(batch, self.full)?;
+        if let Some(digest) = &digest {
+            self.hand_out(indices, digest);
+        }
+        Ok(digest.is_some())
+    }
+
+    fn begin_digested_step(&mut self, indices: Option<&Bound<'_, PyBytes>>, batch: &[u8]) {
+        self.hand_out(indices, batch);
     }
 
     fn log<'py>(
@@ -153,6 +170,14 @@ impl Recorder {
 }
 
 impl Recorder {
+    fn hand_out(&mut self, indices: Option<&Bound<'_, PyBytes>>, batch: &[u8]) {
+        let part = |name: &str, digest: &[u8]| (name.to_owned(), Component::Digest(digest.to_vec()));
+        let mut handed_out = Vec::with_capacity(16);
+        handed_out.extend(indices.map(|digest| part("data/indices", digest.as_bytes())));
+        handed_out.push(part("data/batch", batch));
+        self.handed_out = Some(handed_out);
+    }
+
     /// A value as the number that a journal holds, if it is one.
     fn number<'py>(&self, value: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = value.py();

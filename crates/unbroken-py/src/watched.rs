@@ -1,4 +1,5 @@
-//! The memory of one part of the state: found once, seen to be still the same at each look, digested in windows.
+//! The memory of one part of the state: found once, seen to be still the same at each look, digested in windows. A part
+//! is given as spaces: dicts whose values are its members, and members by themselves.
 //!
 //! Touches: reads live tensors' memory; calls one C method of each tensor, and Python code only when something changed.
 
@@ -31,7 +32,8 @@ pub(crate) struct WatchedMemory {
     seen: Vec<Seen>,
     /// Keeps what was seen alive, so that identities and addresses stay theirs.
     held: Option<Py<PyList>>,
-    /// A container among the members holds tensors: what it holds can change without a trace in it.
+    /// Nothing was looked at yet, or a container among the members holds tensors: what it holds can change without a
+    /// trace in it.
     nested: bool,
     regions: Vec<(usize, usize)>,
 }
@@ -52,18 +54,22 @@ impl WatchedMemory {
         }
     }
 
-    fn regions(&mut self, members: &Bound<'_, PyList>) -> PyResult<Vec<(usize, usize)>> {
-        self.look(members)?;
+    fn changed(&mut self, spaces: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.look(spaces)
+    }
+
+    fn regions(&mut self, spaces: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, usize)>> {
+        self.look(spaces)?;
         Ok(self.regions.clone())
     }
 
     fn window<'py>(
         &mut self,
-        members: &Bound<'py, PyList>,
+        spaces: &Bound<'py, PyAny>,
         turn: u64,
         length: u64,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        self.look(members)?;
+        self.look(spaces)?;
         // SAFETY: the tensors that own the regions are members, which the caller holds; the GIL keeps Python from
         // writing meanwhile.
         let slices: Vec<&[u8]> = self
@@ -72,18 +78,24 @@ impl WatchedMemory {
             .map(|&(address, length)| unsafe { look_at(address, length) })
             .collect();
         let digest = Fingerprint::of_window(&slices, turn.wrapping_mul(length), length);
-        Ok(PyBytes::new(members.py(), &digest.0))
+        Ok(PyBytes::new(spaces.py(), &digest.0))
     }
 }
 
 impl WatchedMemory {
-    /// Finds the regions anew if anything is not as it was.
-    fn look(&mut self, members: &Bound<'_, PyList>) -> PyResult<()> {
-        if !self.nested && self.seen.len() == members.len() && self.is_same(members)? {
-            return Ok(());
+    /// Finds the regions anew if anything is not as it was, and tells whether that was so.
+    fn look(&mut self, spaces: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if !self.nested && self.is_same(spaces)? {
+            return Ok(false);
         }
-        let py = members.py();
-        let gathered = self.gather.bind(py).call1((members,))?;
+        let py = spaces.py();
+        let mut found = Vec::with_capacity(self.seen.len());
+        each_member(spaces, |member| {
+            found.push(member);
+            Ok(true)
+        })?;
+        let members = PyList::new(py, found)?;
+        let gathered = self.gather.bind(py).call1((&members,))?;
         let (regions, nested): (Bound<'_, PyAny>, bool) = gathered.extract()?;
         self.regions = regions_from_python(&regions)?;
         self.nested = nested;
@@ -91,25 +103,26 @@ impl WatchedMemory {
             .iter()
             .map(|member| self.see(&member))
             .collect::<PyResult<_>>()?;
-        self.held = Some(PyList::new(py, members.iter())?.unbind());
-        Ok(())
+        self.held = Some(members.unbind());
+        Ok(true)
     }
 
-    fn is_same(&self, members: &Bound<'_, PyList>) -> PyResult<bool> {
-        for (member, seen) in members.iter().zip(&self.seen) {
-            let same = match seen {
+    fn is_same(&self, spaces: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let mut left = self.seen.iter();
+        let all = each_member(spaces, |member| {
+            let Some(seen) = left.next() else {
+                return Ok(false);
+            };
+            Ok(match seen {
                 Seen::Tensor(address) => self.address(&member)? == Some(*address),
                 Seen::Plain(kind) => kind_of(&member) == *kind,
                 Seen::Container(identity, length) => {
                     identity_of(&member) == *identity && member.len()? == *length
                 }
                 Seen::Other(identity, kind) => identity_of(&member) == *identity && kind_of(&member) == *kind,
-            };
-            if !same {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+            })
+        })?;
+        Ok(all && left.next().is_none())
     }
 
     fn see(&self, member: &Bound<'_, PyAny>) -> PyResult<Seen> {
@@ -146,6 +159,29 @@ impl WatchedMemory {
             _ => Ok(false),
         }
     }
+}
+
+/// Calls on the members of some spaces in turn, for as long as it answers yes; tells whether it always did. A dict's
+/// members are its values; what is no dict is a member itself.
+fn each_member<'py>(
+    spaces: &Bound<'py, PyAny>,
+    mut call: impl FnMut(Bound<'py, PyAny>) -> PyResult<bool>,
+) -> PyResult<bool> {
+    for space in spaces.try_iter()? {
+        let space = space?;
+        let Ok(dict) = space.cast::<PyDict>() else {
+            if !call(space)? {
+                return Ok(false);
+            }
+            continue;
+        };
+        for (_, member) in dict.iter() {
+            if !call(member)? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }
 
 fn identity_of(member: &Bound<'_, PyAny>) -> usize {

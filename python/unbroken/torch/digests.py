@@ -96,9 +96,11 @@ def _windows(address: int, length: int, level: Level) -> list[tuple[int, int]]:
     return [(address + i * stride, size) for i in range(_WINDOWS)]
 
 
-def recorder(run: _core.Run) -> _core.Recorder:
+def recorder(run: _core.Run, level: Level) -> _core.Recorder:
     """Return what gathers a run's records."""
-    return _core.Recorder(run, generators=rng.reader(), tensor=torch.Tensor)
+    return _core.Recorder(
+        run, generators=rng.reader(), batches=_batches, full=level == "full", tensor=torch.Tensor
+    )
 
 
 def optimizers(objects: Mapping[str, object]) -> list[tuple[str, Any]]:
@@ -139,19 +141,19 @@ class StateDigests:
     def __init__(self, objects: Mapping[str, object], level: Level) -> None:
         self._objects = objects
         self._full = level == "full"
-        self._turns = [(name, item) for name, item in objects.items() if memory.is_watched(item)]
+        self._watches = memory.watches(objects)
 
     def at(self, step: int) -> list[tuple[str, bytes]]:
         """Return the digests that belong to the boundary after a step."""
+        watches = self._watches
         if self._full:
-            parts = memory.regions(self._objects).items()
+            parts = memory.regions(watches).items()
             digests = [(part, _core.digest_memory(regions)) for part, regions in parts]
             return [*digests, ("state/plain", snapshot.plain_digest(self._objects))]
         digests = []
-        if self._turns:
-            turn, index = divmod(step, len(self._turns))
-            name, item = self._turns[index]
-            digests = memory.windows(name, item, turn=turn, length=STATE_WINDOW_BYTES)
+        if watches:
+            turn, index = divmod(step, len(watches))
+            digests = watches[index].windows(turn, STATE_WINDOW_BYTES)
         if step % PLAIN_STATE_STEPS == 0:
             digests.append(("state/plain", snapshot.plain_digest(self._objects)))
         return digests

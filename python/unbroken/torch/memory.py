@@ -6,8 +6,6 @@ among the rest. What is returned is the live tensors' own memory, valid until th
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -23,138 +21,105 @@ Region = tuple[int, int]
 _CONTAINERS = (list, dict, tuple, set)
 
 
-def regions(objects: Mapping[str, object]) -> dict[str, list[Region]]:
-    """Return (address, length in bytes) of the state, part by part in causal order: optimizers, then modules.
+class Watch:
+    """One tracked object's parts, such as `state/parameters/NAME`.
 
-    Cheap when nothing was replaced since the last call.
+    Args:
+        name: The object's name.
+        item: The object.
     """
+
+    def windows(self, turn: int, length: int) -> list[tuple[str, bytes]]:
+        """Return, for each part, the digest of its window number `turn` of `length` bytes, cyclic."""
+        return [(part, memory.window(spaces, turn, length)) for part, memory, spaces in self.parts()]
+
+    def regions(self) -> dict[str, list[Region]]:
+        """Return (address, length in bytes) of each part's bytes. Cheap while nothing is replaced."""
+        return {part: memory.regions(spaces) for part, memory, spaces in self.parts()}
+
+    def parts(self) -> list[_Part]:
+        """Return name, memory and members of each part, as the object is now."""
+        raise NotImplementedError
+
+
+def watches(objects: Mapping[str, object]) -> list[Watch]:
+    """Return a watch for each object whose state is tensors."""
+    found = (_watch(name, item) for name, item in objects.items())
+    return [watch for watch in found if watch is not None]
+
+
+def regions(watches: Iterable[Watch]) -> dict[str, list[Region]]:
+    """Return (address, length in bytes) of the state, part by part in causal order: optimizers, then modules."""
     ordered: dict[str, list[Region]] = {}
-    for name, item in sorted(objects.items(), key=_optimizers_first):
-        watch = _watch_of(item)
-        if watch is not None:
-            ordered.update(
-                (part, memory.regions(members)) for part, memory, members in watch.parts(name, item)
-            )
+    for watch in sorted(watches, key=lambda watch: not isinstance(watch, _OptimizerWatch)):
+        ordered.update(watch.regions())
     return ordered
 
 
-def windows(name: str, item: object, *, turn: int, length: int) -> list[tuple[str, bytes]]:
-    """Return, for each part of one object, the digest of its window number `turn` of `length` bytes, cyclic."""
-    watch = _watch_of(item)
-    if watch is None:
-        return []
-    return [(part, memory.window(members, turn, length)) for part, memory, members in watch.parts(name, item)]
+_Part = tuple[str, _core.WatchedMemory, Iterable[Any]]
 
 
-def is_watched(item: object) -> bool:
-    """Tell whether an object has parts here."""
-    return isinstance(item, (torch.nn.Module, Optimizer, torch.Tensor))
+def _watch(name: str, item: object) -> Watch | None:
+    if isinstance(item, torch.nn.Module):
+        return _ModuleWatch(name, item)
+    if isinstance(item, Optimizer):
+        return _OptimizerWatch(name, item)
+    return _TensorWatch(name, item) if isinstance(item, torch.Tensor) else None
 
 
-_Part = tuple[str, _core.WatchedMemory, list[Any]]
-
-
-class _ModuleWatch:
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = weakref.ref(module)
+class _ModuleWatch(Watch):
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self._module = module
         self._machinery: set[int] = set()
-        self._parameters, self._buffers = _memory(), _memory(skip=self._machinery)
-        self._children: list[int] = []
-        self._spaces: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-
-    def watches(self, item: object) -> bool:
-        return self._module() is item
-
-    def parts(self, name: str, module: Any) -> list[_Part]:
-        spaces, parameters, buffers = self._spaces
-        children = list(map(id, _members(spaces)))
-        if not spaces or children != self._children:
-            self._find(module)
-            spaces, parameters, buffers = self._spaces
-            self._children = list(map(id, _members(spaces)))
-        return [
-            (f"state/parameters/{name}", self._parameters, _members(parameters)),
-            (f"state/buffers/{name}", self._buffers, _members(buffers)),
+        # Modules hold no memory: theirs is looked at for the children alone.
+        self._children = _core.WatchedMemory(gather=lambda _: ([], False), tensors=[], data_ptr=id)
+        self._child_spaces: list[Any] = []
+        self._parts: list[_Part] = [
+            (f"state/parameters/{name}", _memory(), []),
+            (f"state/buffers/{name}", _memory(skip=self._machinery), []),
         ]
 
-    def _find(self, module: torch.nn.Module) -> None:
-        parts = [part for _, part in modules.walk(module)]
+    def parts(self) -> list[_Part]:
+        if self._children.changed(self._child_spaces):
+            self._find()
+            self._children.changed(self._child_spaces)
+        return self._parts
+
+    def _find(self) -> None:
+        parts = [part for _, part in modules.walk(self._module)]
         # Layers of torch's own gain no children or tensors and keep none in plain attributes; looking costs time.
         users = [part for part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
         own = [vars(part) for part in users]
         grown = {id(part) for part in users}
-        self._spaces = (
-            [part._modules for part in parts if part._modules or id(part) in grown],
+        self._child_spaces = [part._modules for part in parts if part._modules or id(part) in grown]
+        spaces = (
             [part._parameters for part in parts if part._parameters or id(part) in grown],
             [*(part._buffers for part in parts if part._buffers or id(part) in grown), *own],
         )
+        self._parts = [
+            (part, memory, found) for (part, memory, _), found in zip(self._parts, spaces, strict=True)
+        ]
         self._machinery.clear()
         self._machinery.update(
             id(value) for space in own for key, value in space.items() if key in modules.MACHINERY
         )
 
 
-class _OptimizerWatch:
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._state = _memory()
+class _OptimizerWatch(Watch):
+    def __init__(self, name: str, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._name, self._memory = f"state/optimizer/{name}", _memory()
 
-    def watches(self, item: object) -> bool:
-        return self._optimizer() is item
-
-    def parts(self, name: str, optimizer: Any) -> list[_Part]:
-        return [(f"state/optimizer/{name}", self._state, _members(optimizer.state.values()))]
+    def parts(self) -> list[_Part]:
+        return [(self._name, self._memory, self._optimizer.state.values())]
 
 
-class _TensorWatch:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._memory = _memory()
+class _TensorWatch(Watch):
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._parts: list[_Part] = [(f"state/parameters/{name}", _memory(), [tensor])]
 
-    def watches(self, item: object) -> bool:
-        return self._tensor() is item
-
-    def parts(self, name: str, tensor: Any) -> list[_Part]:
-        return [(f"state/parameters/{name}", self._memory, [tensor])]
-
-
-_Watch = _ModuleWatch | _OptimizerWatch | _TensorWatch
-
-_watches: dict[int, _Watch] = {}
-
-
-def _watch_of(item: object) -> _Watch | None:
-    watch = _watches.get(id(item))
-    if watch is None or not watch.watches(item):
-        watch = _new_watch(item)
-        if watch is not None:
-            _forget_dead()
-            _watches[id(item)] = watch
-    return watch
-
-
-def _new_watch(item: object) -> _Watch | None:
-    if isinstance(item, torch.nn.Module):
-        return _ModuleWatch(item)
-    if isinstance(item, Optimizer):
-        return _OptimizerWatch(item)
-    return _TensorWatch(item) if isinstance(item, torch.Tensor) else None
-
-
-def _forget_dead() -> None:
-    for key in [key for key, watch in _watches.items() if watch.watches(None)]:
-        del _watches[key]
-
-
-def _optimizers_first(entry: tuple[str, object]) -> bool:
-    return not isinstance(entry[1], Optimizer)
-
-
-def _members(spaces: Iterable[Any]) -> list[Any]:
-    try:
-        return list(itertools.chain.from_iterable(map(dict.values, spaces)))
-    except TypeError:  # An optimizer that keeps something else than dicts in its state.
-        return [space for part in spaces for space in (part.values() if isinstance(part, dict) else [part])]
+    def parts(self) -> list[_Part]:
+        return self._parts
 
 
 def _memory(skip: Set[int] = frozenset()) -> _core.WatchedMemory:

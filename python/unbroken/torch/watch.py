@@ -33,7 +33,8 @@ class Watch:
 
     def __init__(self, tracked: Mapping[str, object]) -> None:
         self._tracked = tracked
-        self._seen: dict[int, object] = {}
+        # What came by since the last call of `untracked` and was not known, by id.
+        self.seen: dict[int, object] = {}
         # Ids of what was judged; weak, because an id passes on when its object dies.
         self._known: dict[int, weakref.ref[object]] = {}
         self._paused = 0
@@ -43,9 +44,7 @@ class Watch:
 
     def install(self) -> None:
         """Begin to look."""
-        self._handles.append(
-            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._note(optimizer))
-        )
+        self._handles.append(register_optimizer_step_pre_hook(self._note))
         for cls in _with_subclasses(LRScheduler):
             self._patch(cls, "step")
         for cls in _with_subclasses(torch.amp.GradScaler):
@@ -78,24 +77,20 @@ class Watch:
         """Look again."""
         self._paused -= 1
 
-    @property
-    def has_seen(self) -> bool:
-        """Whether anything came by since the last call of `untracked` that was not known."""
-        return bool(self._seen)
-
     def untracked(self) -> list[str]:
         """Return what was seen for the first time since the last call and is not tracked, in words."""
-        if not self._seen:
+        if not self.seen:
             return []
         tracked = tracked_ids(self._tracked.values())
-        found = [_describe(item) for key, item in self._seen.items() if key not in tracked]
-        self._known.update((key, weakref.ref(item)) for key, item in self._seen.items())
-        self._seen.clear()
+        found = [_describe(item) for key, item in self.seen.items() if key not in tracked]
+        self._known.update((key, weakref.ref(item)) for key, item in self.seen.items())
+        self.seen.clear()
         return sorted(set(found))
 
-    def _note(self, item: object) -> None:
-        if not self._paused and not self._is_known(item):
-            self._seen[id(item)] = item
+    def _note(self, item: object, *called_with: object) -> None:
+        known = self._known.get(id(item))
+        if (known is None or known() is not item) and not self._paused:
+            self.seen[id(item)] = item
 
     def _is_known(self, item: object) -> bool:
         known = self._known.get(id(item))
@@ -103,11 +98,11 @@ class Watch:
 
     def _note_module(self, module: nn.Module) -> None:
         # Only what training can change: own parameters that take gradients, or buffers that a forward may update.
-        if self._paused or not module.training or id(module) in self._seen or self._is_known(module):
+        if self._paused or not module.training or id(module) in self.seen or self._is_known(module):
             return
         own = module.parameters(recurse=False)
         if any(parameter.requires_grad for parameter in own) or _has_running_state(module):
-            self._seen[id(module)] = module
+            self.seen[id(module)] = module
 
     def _patch(self, cls: type, name: str) -> None:
         original = cls.__dict__.get(name)
