@@ -428,9 +428,6 @@ class Run:
         """
     def fence(self) -> None:
         """Return when no lent memory is read any more, copying what is left of it. GIL released."""
-    @property
-    def saving(self) -> bool:
-        """Whether a save is under way."""
     def outcome(
         self, *, wait: bool
     ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn"], int] | None:

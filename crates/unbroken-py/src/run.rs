@@ -1,17 +1,19 @@
 //! A run on disk as Python holds it, and what can be read of one without holding it.
 //!
-//! Touches: the run directory; memory that Python lends for the length of a commit.
+//! Touches: the run directory; memory that Python lends for the length of a commit, or until the fence of a save.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
 use unbroken::format::journal::Component;
 use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
 use unbroken::saver::{Outcome, Region, Save, Saver};
+use unbroken::state::Value;
 use unbroken::store::{Best, Commit, Order, Retention};
 
 use crate::checkpoint::{Checkpoint, CheckpointInfo, opened_into, pairs};
@@ -172,34 +174,28 @@ impl Run {
         self.run.recorded_until()
     }
 
-    #[pyo3(signature = (*, step, phase, tree, storages, identity, environment, metrics, pinned = false))]
-    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (*, storages, **boundary))]
     fn commit(
         &self,
         py: Python<'_>,
-        step: u64,
-        phase: u8,
-        tree: &Bound<'_, PyAny>,
         storages: &Bound<'_, PyAny>,
-        identity: &Bound<'_, PyAny>,
-        environment: &Bound<'_, PyAny>,
-        metrics: &Bound<'_, PyAny>,
-        pinned: bool,
+        boundary: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<CheckpointInfo> {
         let regions = regions_from_python(storages)?;
+        let described = Described::from_keywords(boundary)?;
         let commit = Commit {
-            step,
-            phase,
-            tree: from_python(tree)?,
+            step: described.step,
+            phase: described.phase,
+            tree: described.tree,
             // SAFETY: the caller of the Python function keeps the memory alive and unchanged until it returns.
             storages: regions
                 .iter()
                 .map(|&(address, length)| unsafe { look_at(address, length) })
                 .collect(),
-            identity: fields_from_python(identity)?,
-            environment: fields_from_python(environment)?,
-            metrics: metrics_from_python(metrics)?,
-            pinned,
+            identity: described.identity,
+            environment: described.environment,
+            metrics: described.metrics,
+            pinned: described.pinned,
         };
         let info = py
             .detach(|| self.run.commit(commit))
@@ -207,23 +203,15 @@ impl Run {
         Ok(CheckpointInfo::of(info))
     }
 
-    #[pyo3(signature = (*, step, phase, tree, storages, identity, environment, metrics, pinned = false, keep = None,
-                        full = false, confirm = None))]
-    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (*, storages, keep = None, full = false, confirm = None, **boundary))]
     fn save(
         &self,
         py: Python<'_>,
-        step: u64,
-        phase: u8,
-        tree: &Bound<'_, PyAny>,
         storages: &Bound<'_, PyAny>,
-        identity: &Bound<'_, PyAny>,
-        environment: &Bound<'_, PyAny>,
-        metrics: &Bound<'_, PyAny>,
-        pinned: bool,
         keep: Option<Keep>,
         full: bool,
         confirm: Option<Py<PyAny>>,
+        boundary: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
         let regions: Vec<(usize, usize, bool)> = storages.extract()?;
         let regions = regions.into_iter().map(|(address, length, lent)| {
@@ -234,14 +222,15 @@ impl Run {
             })
         });
         let regions: Vec<Region> = regions.collect::<PyResult<_>>()?;
+        let described = Described::from_keywords(boundary)?;
         let save = Save {
-            step,
-            phase,
-            tree: from_python(tree)?,
-            identity: fields_from_python(identity)?,
-            environment: fields_from_python(environment)?,
-            metrics: metrics_from_python(metrics)?,
-            pinned,
+            step: described.step,
+            phase: described.phase,
+            tree: described.tree,
+            identity: described.identity,
+            environment: described.environment,
+            metrics: described.metrics,
+            pinned: described.pinned,
             keep: keep.map(|keep| retention(py, keep)).transpose()?,
         };
         let confirm = confirm.map(|asked| -> Box<dyn FnOnce() -> bool + Send> {
@@ -255,11 +244,6 @@ impl Run {
 
     fn fence(&self, py: Python<'_>) {
         py.detach(|| self.saver.fence());
-    }
-
-    #[getter]
-    fn saving(&self) -> bool {
-        self.saver.is_saving()
     }
 
     #[pyo3(signature = (*, wait))]
@@ -470,6 +454,55 @@ pub(crate) fn component_from_python(name: &str, value: &Bound<'_, PyAny>) -> PyR
         &kind.to_string(),
         Some("a component is bytes, an int, a float or a str"),
     ))
+}
+
+/// What a checkpoint holds besides its storages, as `commit` and `save` are both told it.
+struct Described {
+    step: u64,
+    phase: u8,
+    tree: Value,
+    identity: Vec<(String, Value)>,
+    environment: Vec<(String, Value)>,
+    metrics: Vec<(String, f64)>,
+    pinned: bool,
+}
+
+impl Described {
+    /// Reads keyword arguments; one that is missing or not known is a TypeError that names it.
+    fn from_keywords(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        const KNOWN: [&str; 7] = [
+            "step",
+            "phase",
+            "tree",
+            "identity",
+            "environment",
+            "metrics",
+            "pinned",
+        ];
+        let missing = |name: &str| PyTypeError::new_err(format!("missing keyword argument {name:?}"));
+        let Some(keywords) = keywords else {
+            return Err(missing(KNOWN[0]));
+        };
+        for name in keywords.keys() {
+            let name: String = name.extract()?;
+            if !KNOWN.contains(&name.as_str()) {
+                return Err(PyTypeError::new_err(format!(
+                    "unexpected keyword argument {name:?}"
+                )));
+            }
+        }
+        let find = |name: &str| keywords.get_item(name)?.ok_or_else(|| missing(name));
+        let pinned = keywords.get_item("pinned")?;
+        Ok(Described {
+            step: find("step")?.extract()?,
+            phase: find("phase")?.extract()?,
+            tree: from_python(&find("tree")?)?,
+            identity: fields_from_python(&find("identity")?)?,
+            environment: fields_from_python(&find("environment")?)?,
+            metrics: metrics_from_python(&find("metrics")?)?,
+            pinned: pinned.map_or(Ok(false), |pinned| pinned.extract())?,
+        })
+    }
 }
 
 fn metrics_from_python(metrics: &Bound<'_, PyAny>) -> PyResult<Vec<(String, f64)>> {

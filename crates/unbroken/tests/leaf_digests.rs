@@ -13,8 +13,8 @@ use unbroken::journal::Story;
 use unbroken::localise::{State, compare_states};
 use unbroken::run::{Options, Run, read_run, read_story};
 use unbroken::state::{Tensor, Value};
-use unbroken::store::{Checkpoint, Commit, Retention};
-use world::leaf;
+use unbroken::store::{Checkpoint, Retention};
+use world::{leaf, of_tree};
 
 fn text(text: &str) -> Value {
     Value::Str(text.to_owned())
@@ -51,17 +51,8 @@ fn new_run(path: &Path) -> Run {
 }
 
 fn commit(run: &Run, step: u64, tree: Value, storages: &[Vec<u8>]) {
-    run.commit(Commit {
-        step,
-        phase: 0,
-        tree,
-        storages: storages.iter().map(Vec::as_slice).collect(),
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })
-    .unwrap();
+    let storages = storages.iter().map(Vec::as_slice).collect();
+    run.commit(of_tree(step, tree, storages)).unwrap();
 }
 
 /// A run with one checkpoint.

@@ -16,8 +16,8 @@ use unbroken::run::{Options, Run};
 use unbroken::state::Value;
 use unbroken::storage::memory::MemoryStorage;
 use unbroken::storage::{Claim, DIRECT_ALIGNMENT, Input, Output, Storage};
-use unbroken::store::{Checkpoint, Commit};
-use world::{assert_exact, files_in, leaf, open, resumed_step, run_in_memory, shared};
+use unbroken::store::Checkpoint;
+use world::{assert_exact, files_in, leaf, of_tree, open, resumed_step, run_in_memory, shared};
 
 /// Counts the bytes that are read of each file. A cold one has nothing in a cache: it is read past that, as a disk
 /// would want it, and ends a read early now and then.
@@ -157,21 +157,11 @@ fn run_with(storages: &[Vec<u8>]) -> MemoryStorage {
     run.begin().unwrap();
     let name = |index: usize| Value::Str(format!("w{index:03}"));
     let leaves = storages.iter().enumerate();
-    run.commit(Commit {
-        step: 0,
-        phase: 0,
-        tree: Value::Dict(
-            leaves
-                .map(|(index, bytes)| (name(index), leaf(index as u32, bytes.len() as u64 / 4)))
-                .collect(),
-        ),
-        storages: storages.iter().map(Vec::as_slice).collect(),
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })
-    .unwrap();
+    let tree = leaves
+        .map(|(index, bytes)| (name(index), leaf(index as u32, bytes.len() as u64 / 4)))
+        .collect();
+    let storages = storages.iter().map(Vec::as_slice).collect();
+    run.commit(of_tree(0, Value::Dict(tree), storages)).unwrap();
     run.close().unwrap();
     memory
 }

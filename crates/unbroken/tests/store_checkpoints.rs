@@ -15,9 +15,9 @@ use unbroken::state::Value;
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::store::{Best, Commit, Order, Retention};
+use unbroken::store::{Best, Order, Retention};
 use world::{
-    FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, open, resumed_step,
+    FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, of_tree, open, resumed_step,
     run_in_memory, shared, train,
 };
 
@@ -49,16 +49,8 @@ fn equal_storages_are_written_once_in_a_checkpoint_across_checkpoints_and_across
     run.begin().unwrap();
     let bytes = [vec![1u8; 500_000], vec![1u8; 500_000], vec![2u8; 10]];
     let commit = |run: &Run, step: u64| {
-        run.commit(Commit {
-            step,
-            phase: 0,
-            tree: Value::List(vec![leaf(0, 125_000), leaf(1, 125_000)]),
-            storages: bytes.iter().map(Vec::as_slice).collect(),
-            identity: Vec::new(),
-            environment: Vec::new(),
-            metrics: Vec::new(),
-            pinned: false,
-        })
+        let tree = Value::List(vec![leaf(0, 125_000), leaf(1, 125_000)]);
+        run.commit(of_tree(step, tree, bytes.iter().map(Vec::as_slice).collect()))
     };
     let first = commit(&run, 0).unwrap();
     assert!(
@@ -84,16 +76,7 @@ fn a_state_that_changed_from_save_to_save_and_then_stands_still_is_not_written_a
     let run = open(&shared(&MemoryStorage::new())).unwrap();
     run.begin().unwrap();
     let commit = |step: u64, weights: &[u8]| {
-        let commit = Commit {
-            step,
-            phase: 0,
-            tree: leaf(0, weights.len() as u64 / 4),
-            storages: vec![weights],
-            identity: Vec::new(),
-            environment: Vec::new(),
-            metrics: Vec::new(),
-            pinned: false,
-        };
+        let commit = of_tree(step, leaf(0, weights.len() as u64 / 4), vec![weights]);
         run.commit(commit).unwrap().new_bytes
     };
     let mut weights = vec![0u8; 100_000];
@@ -125,17 +108,7 @@ fn equal_bytes_that_this_process_never_read_are_read_before_anything_relies_on_t
     let run = open(&shared(&memory)).unwrap();
     assert_eq!(resumed_step(&run), Some(1));
     run.begin().unwrap();
-    run.commit(Commit {
-        step: 2,
-        phase: 0,
-        tree: leaf(0, 10),
-        storages: vec![&weights],
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })
-    .unwrap();
+    run.commit(of_tree(2, leaf(0, 10), vec![&weights])).unwrap();
     run.close().unwrap();
     let run = open(&shared(&memory)).unwrap();
     assert_eq!(resumed_step(&run), Some(2));
@@ -165,17 +138,9 @@ fn thousands_of_small_tensors_are_written_with_few_calls() {
     run.begin().unwrap();
     let bytes: Vec<Vec<u8>> = (0..3000u32).map(|index| index.to_le_bytes().repeat(25)).collect();
     faulty.heal();
-    run.commit(Commit {
-        step: 0,
-        phase: 0,
-        tree: Value::List((0..3000).map(|index| leaf(index, 25)).collect()),
-        storages: bytes.iter().map(Vec::as_slice).collect(),
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })
-    .unwrap();
+    let tree = Value::List((0..3000).map(|index| leaf(index, 25)).collect());
+    run.commit(of_tree(0, tree, bytes.iter().map(Vec::as_slice).collect()))
+        .unwrap();
     assert!(faulty.operations().len() < 40, "{:?}", faulty.operations());
     run.close().unwrap();
     let run = open(&(Arc::new(faulty) as Arc<dyn Storage>)).unwrap();

@@ -108,6 +108,20 @@ pub fn commit_with(
     })
 }
 
+/// A commit of a tree and nothing beside it.
+pub fn of_tree(step: u64, tree: Value, storages: Vec<&[u8]>) -> Commit<'_> {
+    Commit {
+        step,
+        phase: 0,
+        tree,
+        storages,
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+    }
+}
+
 /// Executes steps and commits after each.
 pub fn train(run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
     for step in steps {
