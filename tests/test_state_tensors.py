@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -462,3 +463,76 @@ def test_the_plain_digest_changes_with_counters_options_and_scales() -> None:
     scaler.scale(torch.ones(1))
     seen.append(snapshot.plain_digest(objects))
     assert len(set(seen)) == 4
+
+
+def flip_grad(tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.requires_grad_(not tensor.requires_grad)
+
+
+def give_grad(tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.grad = torch.ones_like(tensor) if tensor.grad is None else None
+
+
+def rebound(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    def change(tensor: torch.Tensor) -> None:
+        tensor.grad = None
+        tensor.data = make(tensor.data)
+
+    return change
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "another storage": rebound(torch.clone),
+    "another dtype": rebound(lambda data: data.to(torch.float64)),
+    "half the bits": rebound(lambda data: data.to(torch.bfloat16)),
+    "another memory format": rebound(lambda data: data.t().contiguous().t()),
+    "a view of itself": rebound(lambda data: data[1:]),
+    "a view of more": rebound(lambda data: torch.cat([data, data]).narrow(0, 1, data.shape[0])),
+    "transposed": rebound(torch.t),
+    "another shape": rebound(lambda data: data.reshape(1, -1)),
+    "a stride that is never used": rebound(
+        lambda data: data.reshape(-1).clone().as_strided((1, data.numel()), (977, 1))
+    ),
+    "expanded": rebound(lambda data: data[:1].expand(4, -1)),
+    "negated when read": rebound(lambda data: tensors._neg_view(data)),
+    "flag": flip_grad,
+    "gradient": give_grad,
+    "values": lambda tensor: tensors.write(tensor, tensor.detach() + 1),
+    "values past the counter": lambda tensor: tensors.write(tensor.data, tensor.data + 1),
+}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(sorted(CHANGES))), max_size=6))
+def test_whatever_becomes_of_a_tensor_is_in_the_next_capture(changes: list[tuple[int, str]]):
+    """Nothing is remembered from one capture to the next, and the short way gives what the long one does."""
+    layer = nn.Linear(3, 4)
+    layer.register_buffer("buffer", torch.randn(5, 2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    live = [
+        layer.weight,
+        cast("torch.Tensor", layer.buffer),
+        optimizer.state[layer.weight]["momentum_buffer"],
+    ]
+    live.append(optimizer.state[layer.bias]["momentum_buffer"].unsqueeze(0))
+    objects = {"layer": layer, "optimizer": optimizer, "other": {"tensor": live[3]}}
+    for which, name in [*changes, (0, "values")]:
+        if live[which].dim() == 2 and live[which].numel() >= 4:
+            CHANGES[name](live[which])
+        short = snapshot.capture(objects)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensors.Storages, "usual", property(lambda _: tensors._unusual))
+            patch.setattr(tensors.Storages, "usual_alone", property(lambda _: tensors._unusual))
+            long = snapshot.capture(objects)
+        assert Memory(short).same_as(Memory(long))
+
+
+def test_a_storage_counts_as_large_by_what_it_is_and_not_by_what_is_seen_of_it():
+    large, small = torch.zeros(1000), torch.zeros(10)
+    found = tensors.READER.large(
+        [large[:2], small, large.view(torch.complex64), torch.zeros(9, 9).to_sparse()], 4000
+    )
+    assert [(address, length) for _, address, length in found] == [(large.data_ptr(), 4000)] * 2

@@ -178,6 +178,48 @@ class WatchedMemory:
         """
 
 @final
+class TensorReader:
+    """How tensors are read: torch's classes, told once.
+
+    Args:
+        tensor: torch.Tensor.
+        parameter: torch.nn.Parameter, and its name in leaves.
+        exchange: torch.Tensor's `__dlpack_c_exchange_api__`.
+    """
+
+    def __init__(self, *, tensor: type, parameter: tuple[type, str], exchange: object) -> None: ...
+    def large(self, tensors: list[Any], least_bytes: int) -> list[tuple[Any, int, int]]:
+        """Return (tensor, address, length in bytes) of each whose storage on the CPU has at least so many bytes."""
+
+@final
+class Regions:
+    """The storages of one capture: their memory, in the order of their numbers."""
+
+    def __init__(self, reader: TensorReader) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, address: int, length: int, *, private: bool) -> int:
+        """Add memory that the caller keeps alive, and return its number. Private: nobody else writes to it."""
+    def find(self, address: int, length: int) -> int | None:
+        """Return the number of the region that a storage on the CPU is saved as."""
+    def note(self, address: int, length: int, index: int | None) -> None:
+        """Note which region a storage on the CPU is saved as; None: copies of its parts."""
+    def leaf(self, tensor: Any, flags: dict[str, Value] | None = None) -> Tensor | None:
+        """Return the leaf of a tensor that is all of its storage, on the CPU, of a usual dtype.
+
+        The storage is added if it is new, and kept alive. None, and nothing added, for any other tensor, and where parts
+        of the storage were copied. Without `flags`, its class and whether it requires a gradient are noted; else they.
+        """
+    def lone_leaf(self, tensor: Any) -> Tensor | None:
+        """Return what `leaf` does without flags; None also for a tensor that holds a gradient."""
+    def spans(self) -> list[tuple[int, int]]:
+        """Return (address, length in bytes) of each."""
+    def lent(self, owned: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """Return (address, length in bytes, whether it stays as it is until an optimizer steps) of each.
+
+        `owned` are (address, length in bytes) of the storages that only optimizers write to.
+        """
+
+@final
 class Recorder:
     """Gathers what belongs to a step and appends its record.
 

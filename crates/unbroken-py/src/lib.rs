@@ -7,6 +7,7 @@
 
 mod batch;
 mod checkpoint;
+mod dlpack;
 mod error;
 mod generators;
 mod indices;
@@ -15,6 +16,7 @@ mod leaf;
 mod memory;
 mod run;
 mod step;
+mod storages;
 mod value;
 mod watched;
 
@@ -49,6 +51,8 @@ mod module {
     use crate::run::{Difference, Run, open_checkpoint, read_checkpoint, read_journal};
     #[pymodule_export]
     use crate::step::Recorder;
+    #[pymodule_export]
+    use crate::storages::{Regions, TensorReader};
     #[pymodule_export]
     use crate::watched::WatchedMemory;
 

@@ -5,10 +5,12 @@ Touches: torch's global hooks, from `install` until `uninstall`; reads optimizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from unbroken.torch import tensors
 
 LEND_FROM_BYTES = 64 << 10
 """Smaller storages are copied at the boundary: looking after each costs more than its copy."""
@@ -28,17 +30,13 @@ class Owned:
     """
 
     def __init__(self, objects: Iterable[object]) -> None:
-        self._tensors: list[torch.Tensor] = []
-        self.keys: set[StorageKey] = set()
-        for item in objects:
-            for tensor in _tensors_of(item):
-                # A tensor made in inference mode has no counter.
-                if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
-                    continue
-                storage = tensor.untyped_storage()
-                if storage.nbytes() >= LEND_FROM_BYTES:
-                    self._tensors.append(tensor)
-                    self.keys.add((storage.data_ptr(), storage.nbytes()))
+        found = tensors.READER.large(
+            [part for item in objects for part in _tensors_of(item)], LEND_FROM_BYTES
+        )
+        # A tensor made in inference mode has no counter.
+        counted = [entry for entry in found if not entry[0].is_inference()]
+        self._tensors = [tensor for tensor, _, _ in counted]
+        self.keys = {(address, length) for _, address, length in counted}
         self._versions = self._read()
         self._unchanged: bool | None = None
 
@@ -55,14 +53,14 @@ class Owned:
         return self._unchanged
 
 
-def _tensors_of(item: object) -> Iterator[torch.Tensor]:
+def _tensors_of(item: object) -> list[torch.Tensor]:
     if not isinstance(item, Optimizer):
-        return
-    for group in item.param_groups:
-        yield from (p for p in group["params"] if isinstance(p, torch.Tensor))
+        return []
+    found = [part for group in item.param_groups for part in group["params"]]
     for state in item.state.values():
         if isinstance(state, dict):
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+            found += state.values()
+    return [part for part in found if isinstance(part, torch.Tensor)]
 
 
 class Fence:

@@ -101,18 +101,22 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
     gradients: dict[str, Value] = {}
     buffers: dict[str, Value] = {}
     parts: dict[str, Value] = {}
-    lower = capture.storages.lower
+    lower, usual = capture.storages.lower, capture.storages.usual
     for place, part in walk(module):
         for key, parameter in part._parameters.items():
             if parameter is None:
                 continue
             name = _join(place, key)
             flags: dict[str, Value] = {"requires_grad": parameter.requires_grad}
-            if is_lazy(parameter):
+            leaf = usual(parameter, flags)
+            if leaf is not None:
+                parameters[name] = leaf
+            elif is_lazy(parameter):
                 parameters[name] = lower(parameter, f"{path}/parameters/{name}")
                 gradients[name] = None
                 continue
-            parameters[name] = lower(parameter, f"{path}/parameters/{name}", flags=flags)
+            else:
+                parameters[name] = lower(parameter, f"{path}/parameters/{name}", flags=flags)
             grad = parameter.grad
             gradients[name] = None if grad is None else lower(grad, f"{path}/gradients/{name}", flags={})
         for key, buffer in part._buffers.items():

@@ -124,6 +124,9 @@ class Names:
         found = self._names.get(id(item))
         return found[1] if found is not None and found[0] == kind else None
 
+    def __contains__(self, item: object) -> bool:
+        return id(item) in self._names
+
     def reference(self, item: object) -> Object | None:
         """Return what stands for a named object in a tree, or None."""
         found = self._names.get(id(item))
@@ -177,10 +180,14 @@ class Capture:
         kind = type(value)
         # What thousands of are met, on a way of their own: neither can contain anything.
         if kind is torch.Tensor:
-            return self._extend(value, path)
+            return self.usual(value) or self._extend(value, path)
         if kind is str and value.isascii():
             return value
         return values.lower(value, path=path, extend=self._extend)
+
+    def usual(self, value: torch.Tensor) -> Leaf | None:
+        """Return what `lower` gives for a tensor that nobody else has and that is all of its storage; else None."""
+        return None if value in self.names else self.storages.usual_alone(value)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
         """Return an object's attributes lowered, by name; code is noted as such."""

@@ -55,6 +55,8 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
     groups: list[Value] = []
     state: dict[str, Value] = {}
     others: dict[Value, Value] = {}
+    # By identity, as their hash is too: asking a dict of tensors runs torch's `__hash__`, in Python.
+    parts = {id(key): value for key, value in optimizer.state.items()}
     known: set[int] = set()
     for at, group in enumerate(optimizer.param_groups):
         options = {
@@ -65,13 +67,16 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
         # Where `params` stands among the keys is the order of a dict that training can see.
         groups.append({"params": names[at], "options": options, "order": list(group)})
         for name, parameter in zip(names[at], group["params"], strict=True):
-            known.add(id(parameter))
-            if parameter in optimizer.state:
-                state[name] = _lower_state(capture, optimizer.state[parameter], f"{path}/state/{name}")
+            found = id(parameter)
+            known.add(found)
+            if found in parts:
+                state[name] = _lower_state(capture, parts[found], f"{path}/state/{name}")
     for key, value in optimizer.state.items():
+        if id(key) in known:
+            continue
         if not isinstance(key, torch.Tensor):
             others[capture.lower(key, f"{path}/state")] = capture.lower(value, f"{path}/state/{key}")
-        elif id(key) not in known:
+        else:
             name = capture.names.name(key, "tensor")
             if name is not None:
                 state[name] = _lower_state(capture, value, f"{path}/state/{name}")
@@ -92,10 +97,13 @@ def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> dict
 def _lower_state(capture: Capture, state: Any, path: str) -> Value:
     if type(state) is not dict:
         return capture.lower(state, path)
-    return {
-        capture.lower(key, path): capture.lower(value, values.join_path(path, key))
-        for key, value in state.items()
-    }
+    lowered: dict[Value, Value] = {}
+    for key, value in state.items():
+        # Nearly all are tensors under plain names: their paths are not needed.
+        name = key if type(key) is str and key.isascii() else capture.lower(key, path)
+        leaf = capture.usual(value) if type(value) is torch.Tensor else None
+        lowered[name] = capture.lower(value, values.join_path(path, key)) if leaf is None else leaf
+    return lowered
 
 
 def plan_optimizer(restorer: Restorer, optimizer: Optimizer, tree: Value, path: str) -> Callable[[], None]:

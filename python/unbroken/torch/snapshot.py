@@ -54,8 +54,7 @@ class Snapshot:
         Args:
             owned: (address, length in bytes) of the storages that only optimizers write to.
         """
-        lent = self.storages.lent(owned)
-        return [(address, length, flag) for (address, length), flag in zip(self.regions(), lent, strict=True)]
+        return self.storages.lent(owned)
 
 
 def capture(
@@ -76,11 +75,12 @@ def capture(
         UnsupportedState: Something cannot be saved exactly; its path names it.
     """
     storages = Storages(own_copies=own_copies)
-    while True:
-        found = _capture(objects, values or {}, storages)
-        if storages.settled:
-            return found
-        storages = Storages(own_copies=own_copies, whole=storages.whole)
+    with tensors.uncollected():
+        while True:
+            found = _capture(objects, values or {}, storages)
+            if storages.settled:
+                return found
+            storages = Storages(own_copies=own_copies, whole=storages.whole)
 
 
 def _capture(objects: Mapping[str, object], plain: Mapping[str, object], storages: Storages) -> Snapshot:

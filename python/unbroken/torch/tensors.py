@@ -10,7 +10,7 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +78,14 @@ _CONSTANTS: dict[str, Any] = {
 }
 
 
-_CPU = torch.device("cpu")
 _PARAMETER = values.type_name(Parameter)
-_USUAL_DTYPES = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in (
-        *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        *(torch.int64, torch.int32, torch.uint8, torch.bool),
-    )
-}
+
+READER = _core.TensorReader(
+    tensor=torch.Tensor,
+    parameter=(Parameter, _PARAMETER),
+    exchange=vars(torch.Tensor)["__dlpack_c_exchange_api__"],
+)
+"""Reads what nearly all tensors are, without a line of Python for each."""
 
 _Key = tuple[str, int, int]
 """What tells one storage from another: device, address, length in bytes."""
@@ -113,13 +112,25 @@ class Storages:
         self._own_copies = own_copies
         self._whole = _Whole()
         self._whole.keys.update(whole)
-        self._regions: list[tuple[int, int]] = []
-        # Regions that are nobody's but this object's.
-        self._private: set[int] = set()
+        self._regions = _core.Regions(READER)
         self._kept: list[Any] = []
+        # Where storages went that are not on the CPU; the regions know of the others.
         self._index: dict[_Key, int] = {}
         self._compact: dict[_Key, dict[Any, tuple[int, int, tuple[int, ...]]]] = {}
         self._empty: int | None = None
+
+    @property
+    def usual(self) -> Callable[[torch.Tensor, dict[str, Value] | None], Leaf | None]:
+        """Return `lower` for tensors that are all of their storage, as nearly every one is; it gives None for others.
+
+        It is what `lower` gives; a model has thousands of tensors, and training stands still meanwhile.
+        """
+        return _unusual if self._own_copies else self._regions.leaf
+
+    @property
+    def usual_alone(self) -> Callable[[torch.Tensor], Leaf | None]:
+        """Return `usual` without flags; it gives None also for a tensor that holds a gradient."""
+        return _unusual if self._own_copies else self._regions.lone_leaf
 
     @property
     def settled(self) -> bool:
@@ -133,15 +144,15 @@ class Storages:
 
     def regions(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
-        return list(self._regions)
+        return self._regions.spans()
 
-    def lent(self, owned: Collection[tuple[int, int]]) -> list[bool]:
-        """Tell of each region whether it stays as it is until the next optimizer step.
+    def lent(self, owned: Iterable[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """Return the regions, and of each whether it stays as it is until the next optimizer step.
 
         Args:
             owned: (address, length in bytes) of the storages that only optimizers write to.
         """
-        return [index in self._private or region in owned for index, region in enumerate(self._regions)]
+        return self._regions.lent(list(owned))
 
     def lower(
         self, tensor: torch.Tensor, path: str, *, flags: dict[str, Value] | None = None
@@ -156,6 +167,9 @@ class Storages:
         Raises:
             UnsupportedState: The tensor has no memory of its own here (meta, fake, distributed).
         """
+        leaf = self.usual(tensor, flags)
+        if leaf is not None:
+            return leaf
         attrs: dict[str, Value] = {}
         kind = type(tensor)
         if kind is Parameter:
@@ -168,40 +182,7 @@ class Storages:
             attrs["requires_grad"] = True
         if flags is not None:
             attrs = dict(flags)
-        if kind is Parameter or kind is torch.Tensor:
-            leaf = self._lower_usual(tensor, attrs)
-            if leaf is not None:
-                return leaf
         return self._lower_layout(tensor.detach(), path, attrs)
-
-    def _lower_usual(self, tensor: torch.Tensor, attrs: dict[str, Value]) -> Leaf | None:
-        """Return the leaf of a tensor that is all of its storage, as nearly every one is; None for any other.
-
-        It is what the long way gives; a model has thousands of tensors, and training stands still meanwhile.
-        """
-        name = _USUAL_DTYPES.get(tensor.dtype)
-        if name is None or self._own_copies or tensor.layout is not torch.strided or tensor.device != _CPU:
-            return None
-        storage = tensor.untyped_storage()
-        address, length = storage.data_ptr(), storage.nbytes()
-        if tensor.nbytes != length or length == 0 or not tensor.is_contiguous() or tensor.is_neg():
-            return None
-        key = ("cpu", address, length)
-        index = self._index.get(key)
-        if index is None:
-            if key in self._compact:
-                return None
-            self._index[key] = index = self._add_region(address, length, private=False)
-            self._kept.append(storage)
-        return Leaf(
-            dtype=name,
-            shape=tuple(tensor.shape),
-            strides=tensor.stride(),
-            offset=0,
-            storage=index,
-            device="cpu",
-            attrs=attrs if len(attrs) < 2 else dict(sorted(attrs.items())),
-        )
 
     def _lower_subclass(self, tensor: torch.Tensor, path: str, attrs: dict[str, Value]) -> Object | None:
         kind = type(tensor)
@@ -284,7 +265,7 @@ class Storages:
             return self._empty_storage(), 0, tuple(tensor.stride())
         storage = tensor.untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
-        known = self._index.get(key)
+        known = self._find(key)
         if known is not None:
             return known, int(tensor.storage_offset()), tuple(tensor.stride())
         covered = _covered_elements(tensor) * tensor.element_size() / _ELEMENTS_A_BYTE.get(tensor.dtype, 1)
@@ -292,7 +273,8 @@ class Storages:
         if large or key in self._whole.keys or tensor.is_quantized:
             if key in self._compact:
                 self._whole.late.add(key)
-            self._index[key] = index = self._add_storage(storage)
+            index = self._add_storage(storage)
+            self._note(key, index)
             self._kept.append(tensor)
             return index, int(tensor.storage_offset()), tuple(tensor.stride())
         views = self._compact.setdefault(key, {})
@@ -301,7 +283,20 @@ class Storages:
             if views:
                 self._whole.late.add(key)
             views[view] = self._add_compact(tensor)
+            self._note(key, None)
         return views[view]
+
+    def _find(self, key: _Key) -> int | None:
+        device, address, length = key
+        return self._regions.find(address, length) if device == "cpu" else self._index.get(key)
+
+    def _note(self, key: _Key, index: int | None) -> None:
+        """Note which region a storage went to, or that it went there in parts only."""
+        device, address, length = key
+        if device == "cpu":
+            self._regions.note(address, length, index)
+        elif index is not None:
+            self._index[key] = index
 
     def _add_storage(self, storage: torch.UntypedStorage) -> int:
         private = storage.device.type != "cpu" or self._own_copies
@@ -310,7 +305,7 @@ class Storages:
         elif self._own_copies:
             storage = storage.clone()
         self._kept.append(storage)
-        return self._add_region(storage.data_ptr(), storage.nbytes(), private=private)
+        return self._regions.add(storage.data_ptr(), storage.nbytes(), private=private)
 
     def _add_compact(self, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
         span = _span_elements(tensor.shape, tensor.stride())
@@ -322,27 +317,26 @@ class Storages:
             strides = tuple(copy.stride())
         storage = copy.untyped_storage()
         self._kept.append(storage)
-        return self._add_region(storage.data_ptr(), storage.nbytes(), private=True), 0, strides
-
-    def _add_region(self, address: int, length: int, *, private: bool) -> int:
-        self._regions.append((address, length))
-        if private:
-            self._private.add(len(self._regions) - 1)
-        return len(self._regions) - 1
+        return self._regions.add(storage.data_ptr(), storage.nbytes(), private=True), 0, strides
 
     def _empty_storage(self) -> int:
         if self._empty is None:
             anchor = torch.empty(ALIGNMENT_BYTES, dtype=torch.uint8)
             self._kept.append(anchor)
-            self._empty = self._add_region(anchor.data_ptr(), 0, private=True)
+            self._empty = self._regions.add(anchor.data_ptr(), 0, private=True)
         return self._empty
 
     def lower_bytes(self, data: torch.Tensor) -> Leaf:
         """Return the leaf of bytes that this object now owns: a dense uint8 tensor nobody else changes."""
         self._kept.append(data)
         size = data.numel()
-        index = self._add_region(data.data_ptr(), size, private=True) if size else self._empty_storage()
+        index = self._regions.add(data.data_ptr(), size, private=True) if size else self._empty_storage()
         return Leaf(dtype="uint8", shape=(size,), strides=(1,), offset=0, storage=index)
+
+
+def _unusual(tensor: torch.Tensor, flags: dict[str, Value] | None = None) -> None:
+    """No tensor is usual where each is copied."""
+    return
 
 
 def extend_lower(storages: Storages) -> values.Extend:

@@ -1,0 +1,281 @@
+//! The storages of one capture, and the leaves of tensors that are nothing but their storage, as nearly all are.
+//!
+//! Touches: reads live tensors, each one anew at each capture: nothing is remembered that a program could change. Training stands still meanwhile, and a model has thousands of tensors: what takes
+//! twenty lines of Python for each takes one call here.
+
+use std::collections::{HashMap, HashSet};
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyCapsule, PyDict, PyType};
+use unbroken::Value;
+use unbroken::state;
+
+use crate::dlpack::Exchange;
+use crate::leaf::Tensor;
+use crate::memory::check_region;
+use crate::value::fields_from_python;
+
+/// How tensors are read: torch's classes, told once.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct TensorReader {
+    tensor: Py<PyType>,
+    /// With its name in leaves.
+    parameter: (Py<PyType>, String),
+    exchange: Exchange,
+}
+
+#[pymethods]
+impl TensorReader {
+    #[new]
+    #[pyo3(signature = (*, tensor, parameter, exchange))]
+    fn new(
+        tensor: Py<PyType>,
+        parameter: (Py<PyType>, String),
+        exchange: &Bound<'_, PyCapsule>,
+    ) -> PyResult<Self> {
+        Ok(TensorReader {
+            tensor,
+            parameter,
+            exchange: Exchange::of(exchange)?,
+        })
+    }
+
+    /// Return (tensor, address, length in bytes) of each tensor whose storage on the CPU has at least so many bytes.
+    fn large<'py>(
+        &self,
+        tensors: Vec<Bound<'py, PyAny>>,
+        least_bytes: u64,
+    ) -> PyResult<Vec<(Bound<'py, PyAny>, usize, usize)>> {
+        let mut found = Vec::new();
+        for tensor in tensors {
+            if self.exchange.view(&tensor).is_none() {
+                continue;
+            }
+            let storage = tensor.call_method0(intern!(tensor.py(), "untyped_storage"))?;
+            let length = length_of(&storage)?;
+            if length as u64 >= least_bytes {
+                found.push((tensor, address_of(&storage)?, length));
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl TensorReader {
+    fn is_parameter(&self, tensor: &Bound<'_, PyAny>) -> bool {
+        tensor.get_type().is(&self.parameter.0)
+    }
+
+    fn is_known(&self, tensor: &Bound<'_, PyAny>) -> bool {
+        tensor.get_type().is(&self.tensor) || self.is_parameter(tensor)
+    }
+}
+
+/// Where a storage on the CPU went.
+#[derive(Clone, Copy)]
+enum Place {
+    /// It is the region of that number.
+    Whole(u32),
+    /// A part of it was copied: who views all of it must be told.
+    Part,
+}
+
+/// The storages of one capture: their memory, in the order of their numbers.
+#[pyclass(module = "unbroken._core")]
+pub(crate) struct Regions {
+    reader: Py<TensorReader>,
+    regions: Vec<Region>,
+    places: HashMap<(usize, usize), Place>,
+    /// Keeps alive what the leaves view.
+    held: Vec<Py<PyAny>>,
+}
+
+struct Region {
+    address: usize,
+    length: usize,
+    /// It is nobody's but the capture's.
+    private: bool,
+}
+
+#[pymethods]
+impl Regions {
+    #[new]
+    fn new(reader: Py<TensorReader>) -> Self {
+        Regions {
+            reader,
+            regions: Vec::new(),
+            places: HashMap::new(),
+            held: Vec::new(),
+        }
+    }
+
+    fn __len__(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Add memory that the caller keeps alive, and return its number.
+    #[pyo3(signature = (address, length, *, private))]
+    fn add(&mut self, py: Python<'_>, address: usize, length: usize, private: bool) -> PyResult<u32> {
+        check_region(py, address, length)?;
+        Ok(self.push(address, length, private))
+    }
+
+    /// Return the number of the region that a storage on the CPU, by address and length, is saved as.
+    fn find(&self, address: usize, length: usize) -> Option<u32> {
+        match self.places.get(&(address, length)) {
+            Some(Place::Whole(index)) => Some(*index),
+            _ => None,
+        }
+    }
+
+    /// Note which region a storage on the CPU is saved as; None: parts of it, as copies.
+    #[pyo3(signature = (address, length, index))]
+    fn note(&mut self, address: usize, length: usize, index: Option<u32>) {
+        self.places
+            .insert((address, length), index.map_or(Place::Part, Place::Whole));
+    }
+
+    /// Return the leaf of a tensor that is all of its storage, on the CPU, of a usual dtype, adding the storage if it is
+    /// new; None, and nothing added, for any other. Without `flags`, class and requires_grad are noted; given, only they.
+    #[pyo3(signature = (tensor, flags = None))]
+    fn leaf(
+        &mut self,
+        tensor: &Bound<'_, PyAny>,
+        flags: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Option<Tensor>> {
+        let py = tensor.py();
+        let reader = self.reader.clone_ref(py);
+        let reader = reader.get();
+        if !reader.is_known(tensor) {
+            return Ok(None);
+        }
+        let attrs = match flags {
+            None => usual_attrs(reader, tensor)?,
+            Some(flags) => {
+                let mut attrs = fields_from_python(flags.as_any())?;
+                attrs.sort_by(|left, right| left.0.cmp(&right.0));
+                attrs
+            }
+        };
+        self.whole(reader, tensor, attrs)
+    }
+
+    /// Return what `leaf` does without flags; None also for a tensor that holds a gradient.
+    fn lone_leaf(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Option<Tensor>> {
+        let py = tensor.py();
+        let reader = self.reader.clone_ref(py);
+        let reader = reader.get();
+        if !reader.is_known(tensor) {
+            return Ok(None);
+        }
+        let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
+        let leaf = !wanted || flag(tensor.getattr(intern!(py, "is_leaf"))?);
+        if leaf && !tensor.getattr(intern!(py, "grad"))?.is_none() {
+            return Ok(None);
+        }
+        let attrs = attrs_of(reader, tensor, leaf && wanted);
+        self.whole(reader, tensor, attrs)
+    }
+
+    /// Return (address, length in bytes) of each.
+    fn spans(&self) -> Vec<(usize, usize)> {
+        let span = |region: &Region| (region.address, region.length);
+        self.regions.iter().map(span).collect()
+    }
+
+    /// Return (address, length in bytes, whether it stays as it is until an optimizer steps) of each.
+    ///
+    /// `owned` holds (address, length in bytes) of the storages that only optimizers write to.
+    fn lent(&self, owned: Vec<(usize, usize)>) -> Vec<(usize, usize, bool)> {
+        let owned: HashSet<(usize, usize)> = owned.into_iter().collect();
+        let lend = |region: &Region| {
+            let lent = region.private || owned.contains(&(region.address, region.length));
+            (region.address, region.length, lent)
+        };
+        self.regions.iter().map(lend).collect()
+    }
+}
+
+impl Regions {
+    fn push(&mut self, address: usize, length: usize, private: bool) -> u32 {
+        self.regions.push(Region {
+            address,
+            length,
+            private,
+        });
+        u32::try_from(self.regions.len() - 1).expect("fewer storages than there are numbers")
+    }
+
+    fn whole(
+        &mut self,
+        reader: &TensorReader,
+        tensor: &Bound<'_, PyAny>,
+        attrs: Vec<(String, Value)>,
+    ) -> PyResult<Option<Tensor>> {
+        let py = tensor.py();
+        let Some(view) = reader.exchange.view(tensor) else {
+            return Ok(None);
+        };
+        // What is negated when it is read is noted on the long way.
+        if view.is_ambiguous() || flag(tensor.call_method0(intern!(py, "is_neg"))?) {
+            return Ok(None);
+        }
+        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+        let (address, length) = (view.address, length_of(&storage)?);
+        // As dense as it is, it begins where its storage does if it is as long.
+        if length == 0 || !view.is_dense(length as u64) {
+            return Ok(None);
+        }
+        let index = match self.places.get(&(address, length)) {
+            Some(Place::Whole(index)) => *index,
+            Some(Place::Part) => return Ok(None),
+            None => {
+                check_region(py, address, length)?;
+                let index = self.push(address, length, false);
+                self.places.insert((address, length), Place::Whole(index));
+                self.held.push(storage.unbind());
+                index
+            }
+        };
+        Ok(Some(Tensor::of(state::Tensor {
+            dtype: view.dtype.to_owned(),
+            shape: view.shape.iter().map(|&extent| extent as u64).collect(),
+            strides: view.strides.to_vec(),
+            offset: 0,
+            storage: index,
+            device: "cpu".to_owned(),
+            attrs,
+        })))
+    }
+}
+
+fn usual_attrs(reader: &TensorReader, tensor: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Value)>> {
+    let py = tensor.py();
+    let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
+    let leaf = wanted && flag(tensor.getattr(intern!(py, "is_leaf"))?);
+    Ok(attrs_of(reader, tensor, leaf))
+}
+
+fn attrs_of(reader: &TensorReader, tensor: &Bound<'_, PyAny>, requires_grad: bool) -> Vec<(String, Value)> {
+    let mut attrs = Vec::new();
+    if reader.is_parameter(tensor) {
+        attrs.push(("class".to_owned(), Value::Str(reader.parameter.1.clone())));
+    }
+    if requires_grad {
+        attrs.push(("requires_grad".to_owned(), Value::Bool(true)));
+    }
+    attrs
+}
+
+fn flag(value: Bound<'_, PyAny>) -> bool {
+    value.cast_exact::<PyBool>().is_ok_and(|value| value.is_true())
+}
+
+fn length_of(storage: &Bound<'_, PyAny>) -> PyResult<usize> {
+    storage.call_method0(intern!(storage.py(), "nbytes"))?.extract()
+}
+
+fn address_of(storage: &Bound<'_, PyAny>) -> PyResult<usize> {
+    storage.call_method0(intern!(storage.py(), "data_ptr"))?.extract()
+}
