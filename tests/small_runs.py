@@ -7,7 +7,10 @@ from unbroken import _core
 
 
 def record(run: _core.Run, step: int, loss: float) -> None:
-    run.record(step, 0, 0, step, [("rng/python", bytes([step % 251] * 16)), ("log/loss", loss)])
+    """Record a step; note a difference from an earlier life as a run that goes on does."""
+    found = run.record(step, 0, 0, step, [("rng/python", bytes([step % 251] * 16)), ("log/loss", loss)])
+    if found is not None:
+        run.event("diverged", step, {"component": found.component})
 
 
 def commit(run: _core.Run, step: int, keep: list[bytearray]) -> None:

@@ -121,6 +121,25 @@ def test_an_edited_certificate_is_refused(run: Path, file: Path) -> None:
     assert "not one of unbroken" in program("check", file, run, code=2)
 
 
+def test_a_certificate_says_what_the_run_itself_noticed(run: Path, tmp_path: Path) -> None:
+    train(run, range(17, 31), 8, off_at=18)
+    file = tmp_path / "diverged.certificate"
+    words = "not exact: life 3 executed step 18 again and got another log/loss"
+    assert words in program("certify", run, file, code=0)
+    assert words in program("check", file, run, code=0)
+    answer = json.loads(program("check", "--json", file, run, code=0))
+    assert answer["divergences"] == [words.removeprefix("not exact: ")]
+
+
+def test_a_certificate_of_version_1_is_read(tmp_path: Path) -> None:
+    fixture = Path(__file__).parent.parent / "fixtures" / "torch-net"
+    file = fixture / "version-1.certificate"
+    assert check(file, fixture / "run", code=0) == []
+    edited = tmp_path / "edited.certificate"
+    edited.write_text(file.read_text().replace('"records"', '"others"').replace("AVX2", "AVX512"))
+    assert "is damaged" in program("check", edited, fixture / "run", code=2)
+
+
 def test_a_damaged_run_is_not_certified(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "damaged")
     manifest = max((tmp_path / "damaged" / "checkpoints").iterdir())

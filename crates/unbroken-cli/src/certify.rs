@@ -67,6 +67,7 @@ pub(crate) fn issue(command: &Certify, streams: &mut Streams) -> Answer {
         count(certificate.checkpoints.len(), "checkpoint"),
         certificate.run_id
     ))?;
+    say_divergences(&certificate, streams)?;
     Ok(Verdict::Yes)
 }
 
@@ -91,6 +92,7 @@ pub(crate) fn check(command: &Check, streams: &mut Streams) -> Answer {
             "checkpoints": findings.checkpoints,
             "deep": !command.quick,
             "issued": certificate.issued,
+            "divergences": certificate.divergences.iter().map(ToString::to_string).collect::<Vec<_>>(),
         }))?;
         return Ok(Verdict::yes_if(good));
     }
@@ -115,5 +117,14 @@ pub(crate) fn check(command: &Check, streams: &mut Streams) -> Answer {
     } else {
         format!("not as certified; {whole}{since}")
     })?;
+    say_divergences(&certificate, streams)?;
     Ok(Verdict::yes_if(good))
+}
+
+/// A certificate says that a run is what it was; whether it was exact, the run itself noticed.
+fn say_divergences(certificate: &Certificate, streams: &mut Streams) -> Result<(), Failure> {
+    for divergence in &certificate.divergences {
+        streams.say(format!("not exact: {}", line(&divergence.to_string())))?;
+    }
+    Ok(())
 }

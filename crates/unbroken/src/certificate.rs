@@ -4,6 +4,7 @@
 //! and the environment; a manifest's digest covers every byte of its checkpoint. It is not signed: whoever needs to
 //! know who issued it signs the file, or keeps its digest where others cannot write.
 
+use std::fmt;
 use std::path::Path;
 
 use serde_json::{Map, Value as Json, json};
@@ -11,13 +12,15 @@ use serde_json::{Map, Value as Json, json};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest;
-use crate::journal::{self, Segment};
+use crate::journal::{self, DIVERGED, Event, Segment};
 use crate::outline::value_words as words;
 use crate::run;
+use crate::state::Value;
 use crate::store::{Checkpoint, is_damage};
 
 const KIND: &str = "unbroken certificate";
-const VERSION: u64 = 1;
+/// 2 tells of differences that the run itself noticed; 1 is still read.
+const VERSION: u64 = 2;
 
 /// Chain hashes kept for each life, evenly spread: what changes later is located between two of them.
 const MARKS: usize = 64;
@@ -33,6 +36,8 @@ pub struct Certificate {
     pub lives: Vec<Life>,
     /// Each checkpoint that was there, oldest first.
     pub checkpoints: Vec<Sealed>,
+    /// Steps that gave something else when they were executed again. Empty: none, or a certificate of version 1.
+    pub divergences: Vec<Divergence>,
     /// What the bits may depend on, of the newest checkpoint: name and value in words.
     pub environment: Vec<(String, String)>,
 }
@@ -68,6 +73,27 @@ pub struct Sealed {
     pub name: String,
     /// Digest of its manifest.
     pub digest: Digest,
+}
+
+/// One step that gave something else when it was executed again, as the life that noticed it recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Divergence {
+    /// Process life that noticed it.
+    pub life: u32,
+    /// The step.
+    pub step: u64,
+    /// The first component that differed.
+    pub component: String,
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "life {} executed step {} again and got another {}",
+            self.life, self.step, self.component
+        )
+    }
 }
 
 /// What checking a run against a certificate came to.
@@ -121,6 +147,7 @@ pub fn certify(path: &Path, issued: &str) -> Result<Certificate> {
             digest: digest_of(checkpoint)?,
         });
     }
+    let story = run::read_story(path)?;
     let environment = overview.checkpoints.last().map(|newest| {
         let info = newest.info();
         info.environment
@@ -134,7 +161,20 @@ pub fn certify(path: &Path, issued: &str) -> Result<Certificate> {
         issued: issued.to_owned(),
         lives,
         checkpoints,
+        divergences: story.events.iter().filter_map(divergence).collect(),
         environment: environment.unwrap_or_default(),
+    })
+}
+
+fn divergence(event: &Event) -> Option<Divergence> {
+    let component = event.fields.iter().find_map(|(name, value)| match value {
+        Value::Str(text) if name == "component" => Some(text.clone()),
+        _ => None,
+    });
+    (event.kind == DIVERGED).then(|| Divergence {
+        life: event.life,
+        step: event.step,
+        component: component.unwrap_or_else(|| "result".to_owned()),
     })
 }
 
@@ -171,7 +211,7 @@ impl Certificate {
     /// The certificate's text: JSON, with a digest of itself.
     pub fn to_text(&self) -> String {
         let content = self.content();
-        let digest = Digest::of(content.to_string().as_bytes()).to_hex();
+        let digest = digest_of_content(&content).to_hex();
         let mut object = content.as_object().cloned().unwrap_or_default();
         object.insert("digest".to_owned(), json!(digest));
         let mut text =
@@ -199,6 +239,11 @@ impl Certificate {
             .iter()
             .map(|sealed| json!([sealed.name, sealed.digest.to_hex()]))
             .collect();
+        let divergences: Vec<Json> = self
+            .divergences
+            .iter()
+            .map(|one| json!([one.life, one.step, one.component]))
+            .collect();
         let environment: Map<String, Json> = self
             .environment
             .iter()
@@ -211,6 +256,7 @@ impl Certificate {
             "issued": self.issued,
             "lives": lives,
             "checkpoints": checkpoints,
+            "divergences": divergences,
             "environment": environment,
         })
     }
@@ -225,22 +271,26 @@ impl Certificate {
             path: Some(path.to_owned()),
             what: format!("the certificate {what}"),
         };
-        let json: Json =
+        let mut json: Json =
             serde_json::from_str(text).map_err(|error| malformed(&format!("is not JSON: {error}")))?;
         if json["kind"] != KIND {
             return Err(malformed("is not one of unbroken"));
         }
-        if json["version"] != VERSION {
+        if !json["version"]
+            .as_u64()
+            .is_some_and(|version| (1..=VERSION).contains(&version))
+        {
             return Err(malformed(&format!(
-                "is of version {}; this release reads version {VERSION}",
+                "is of version {}; this release reads versions 1 to {VERSION}",
                 json["version"]
             )));
         }
         let certificate =
             raise(&json).ok_or_else(|| malformed("lacks a part, or has one of another type"))?;
+        let digest = json.as_object_mut().and_then(|object| object.remove("digest"));
         let (expected, found) = (
-            json["digest"].as_str().unwrap_or(""),
-            Digest::of(certificate.content().to_string().as_bytes()),
+            digest.as_ref().and_then(Json::as_str).unwrap_or(""),
+            digest_of_content(&json),
         );
         if expected != found.to_hex() {
             return Err(Error::Damaged {
@@ -358,6 +408,11 @@ fn check_life(life: &Life, segment: &Segment, findings: &mut Findings) {
     findings.records_since += segment.records.len() as u64 - good;
 }
 
+/// Everything but the digest itself is in it, whatever the version: keys are sorted.
+fn digest_of_content(content: &Json) -> Digest {
+    Digest::of(content.to_string().as_bytes())
+}
+
 fn raise(json: &Json) -> Option<Certificate> {
     let digest = |value: &Json| value.as_str()?.parse::<Digest>().ok();
     let mark = |value: &Json| {
@@ -386,6 +441,17 @@ fn raise(json: &Json) -> Option<Certificate> {
             digest: digest(&value[1])?,
         })
     };
+    let divergence = |value: &Json| {
+        Some(Divergence {
+            life: u32::try_from(value[0].as_u64()?).ok()?,
+            step: value[1].as_u64()?,
+            component: value[2].as_str()?.to_owned(),
+        })
+    };
+    let divergences = match &json["divergences"] {
+        Json::Null if json["version"] == 1 => Vec::new(),
+        found => found.as_array()?.iter().map(divergence).collect::<Option<_>>()?,
+    };
     let environment = json["environment"].as_object()?.iter();
     Some(Certificate {
         run_id: json["run"].as_str()?.to_owned(),
@@ -400,6 +466,7 @@ fn raise(json: &Json) -> Option<Certificate> {
             .iter()
             .map(sealed)
             .collect::<Option<_>>()?,
+        divergences,
         environment: environment
             .map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())))
             .collect::<Option<_>>()?,
