@@ -87,6 +87,8 @@ pub const GROUP: usize = 64 << 10;
 #[derive(Debug)]
 pub struct Assembly {
     length: u64,
+    /// Bytes of a group.
+    grain: usize,
     /// The subtrees' values; of a string of one group, the digest itself.
     groups: Mutex<Vec<ChainingValue>>,
 }
@@ -94,25 +96,52 @@ pub struct Assembly {
 impl Assembly {
     /// An assembly that has seen nothing.
     pub fn new(length: u64) -> Assembly {
-        let count = usize::try_from(length.div_ceil(GROUP as u64)).expect("bytes in memory");
+        Assembly::of_groups(length, GROUP)
+    }
+
+    /// An assembly whose groups have `grain` bytes, a power of two from 1024 on. It has seen nothing.
+    pub fn of_groups(length: u64, grain: usize) -> Assembly {
+        assert!(grain >= 1024 && grain.is_power_of_two(), "a group is a subtree");
+        let count = usize::try_from(length.div_ceil(grain as u64)).expect("bytes in memory");
         Assembly {
             length,
+            grain,
             groups: Mutex::new(vec![ChainingValue::default(); count.max(1)]),
         }
     }
 
+    /// Bytes of a group.
+    pub fn grain(&self) -> usize {
+        self.grain
+    }
+
+    /// Each group's value, a digest of its bytes and its place. Of a string of one group, the digest.
+    pub fn into_values(self) -> Vec<[u8; 32]> {
+        self.groups.into_inner().expect("nothing panics with it")
+    }
+
+    /// Digest of the values of some groups, one after the other.
+    pub fn digest_of_values(&self, groups: impl Iterator<Item = std::ops::Range<usize>>) -> Digest {
+        let values = self.groups.lock().expect("nothing panics with it");
+        let mut hasher = Hasher::new();
+        for range in groups {
+            hasher.update(values[range].as_flattened());
+        }
+        hasher.finish()
+    }
+
     /// Takes whole groups, from group number `first` on; the byte string's last one may be short.
     pub fn put(&self, first: usize, bytes: &[u8]) {
-        if self.length <= GROUP as u64 {
+        if self.length <= self.grain as u64 {
             self.groups.lock().expect("nothing panics with it")[0] = blake3::hash(bytes).into();
             return;
         }
         let hash = |(index, group): (usize, &[u8])| {
-            let offset = ((first + index) * GROUP) as u64;
+            let offset = ((first + index) * self.grain) as u64;
             let mut hasher = blake3::Hasher::new();
             hasher.set_input_offset(offset).update(group).finalize_non_root()
         };
-        let values: Vec<ChainingValue> = bytes.chunks(GROUP).enumerate().map(hash).collect();
+        let values: Vec<ChainingValue> = bytes.chunks(self.grain).enumerate().map(hash).collect();
         self.groups.lock().expect("nothing panics with it")[first..first + values.len()]
             .copy_from_slice(&values);
     }
@@ -122,9 +151,9 @@ impl Assembly {
         let groups = self.groups.lock().expect("nothing panics with it");
         match self.length {
             0 => Digest::of(&[]),
-            length if length <= GROUP as u64 => Digest(groups[0]),
+            length if length <= self.grain as u64 => Digest(groups[0]),
             length => {
-                let (left, right) = halves(&groups, length);
+                let (left, right) = halves(&groups, length, self.grain);
                 Digest(hazmat::merge_subtrees_root(&left, &right, Mode::Hash).into())
             }
         }
@@ -132,17 +161,17 @@ impl Assembly {
 }
 
 /// The values of the two subtrees below the root of a tree over more than one group.
-fn halves(groups: &[ChainingValue], length: u64) -> (ChainingValue, ChainingValue) {
+fn halves(groups: &[ChainingValue], length: u64, grain: usize) -> (ChainingValue, ChainingValue) {
     let left = hazmat::left_subtree_len(length);
-    let (first, second) = groups.split_at((left / GROUP as u64) as usize);
-    (subtree(first, left), subtree(second, length - left))
+    let (first, second) = groups.split_at((left / grain as u64) as usize);
+    (subtree(first, left, grain), subtree(second, length - left, grain))
 }
 
-fn subtree(groups: &[ChainingValue], length: u64) -> ChainingValue {
+fn subtree(groups: &[ChainingValue], length: u64, grain: usize) -> ChainingValue {
     if groups.len() == 1 {
         return groups[0];
     }
-    let (left, right) = halves(groups, length);
+    let (left, right) = halves(groups, length, grain);
     hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash)
 }
 
@@ -186,17 +215,35 @@ impl Fingerprint {
     /// Fingerprint of eight windows of 256 bytes spread over a region, elsewhere for each seed; of all of a short one.
     /// Different ones say that the bytes differ. Equal ones say nothing for sure.
     pub fn of_sample(region: &[u8], seed: u64) -> Fingerprint {
-        const WINDOWS: usize = 8;
-        const WINDOW: usize = 256;
-        if region.len() <= WINDOWS * WINDOW {
-            return Fingerprint::of(region);
-        }
-        let stride = region.len() / WINDOWS;
-        let shift = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % (stride - WINDOW + 1);
-        let windows: [&[u8]; WINDOWS] =
-            std::array::from_fn(|index| &region[index * stride + shift..index * stride + shift + WINDOW]);
-        Fingerprint::of_regions(&windows)
+        windows(region, seed).map_or_else(
+            || Fingerprint::of(region),
+            |windows| Fingerprint::of_regions(&windows),
+        )
     }
+
+    /// The fingerprint of each window of [`Fingerprint::of_sample`]; of a short region, of all of it each time. How many
+    /// differ says how much of a region has changed.
+    pub fn of_windows(region: &[u8], seed: u64) -> [Fingerprint; WINDOWS] {
+        windows(region, seed).map_or_else(
+            || [Fingerprint::of(region); WINDOWS],
+            |windows| windows.map(Fingerprint::of),
+        )
+    }
+}
+
+/// Windows in a sample.
+pub const WINDOWS: usize = 8;
+const WINDOW: usize = 256;
+
+/// A sample of a region that is longer than that.
+fn windows(region: &[u8], seed: u64) -> Option<[&[u8]; WINDOWS]> {
+    let stride = region.len() / WINDOWS;
+    if region.len() <= WINDOWS * WINDOW {
+        return None;
+    }
+    let shift = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % (stride - WINDOW + 1);
+    let window = |index| &region[index * stride + shift..index * stride + shift + WINDOW];
+    Some(std::array::from_fn(window))
 }
 
 /// Hashes bytes `[start, start + length)` of regions laid end to end; the caller keeps the range inside them.
@@ -278,16 +325,16 @@ mod tests {
         ];
         for length in lengths {
             let bytes = &bytes[..length];
-            for run in [1, 2, 6] {
-                let assembly = Assembly::new(length as u64);
-                let pieces: Vec<_> = bytes.chunks(run * GROUP).enumerate().collect();
+            for (run, grain) in [(1, GROUP), (2, GROUP), (6, GROUP), (3, 1024), (5, 8192)] {
+                let assembly = Assembly::of_groups(length as u64, grain);
+                let pieces: Vec<_> = bytes.chunks(run * grain).enumerate().collect();
                 for (index, piece) in pieces.into_iter().rev() {
                     assembly.put(index * run, piece);
                 }
                 assert_eq!(
                     assembly.finish(),
                     Digest::of(bytes),
-                    "{length} bytes in runs of {run}"
+                    "{length} bytes in runs of {run} groups of {grain}"
                 );
             }
         }

@@ -5,7 +5,7 @@
 //! file beside it. Only left-overs go for good, as at every opening: unfinished files, and packs that no manifest can
 //! need.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,12 +13,12 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::fork;
 use crate::format::journal::Ending;
-use crate::format::manifest::{Manifest, PackEntry, StorageEntry};
+use crate::format::manifest::{Manifest, PackEntry};
 use crate::journal::{self, JOURNAL, Story};
 use crate::run::{self, CONFIG};
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Directory, Storage, already_exists, not_found};
-use crate::store::{self, CHECKPOINTS, Checkpoint, OBJECTS, Survey, TMP};
+use crate::store::{self, CHECKPOINTS, Checkpoint, Claim, OBJECTS, Survey, TMP};
 
 /// Directory of what was put aside.
 const QUARANTINE: &str = "quarantine";
@@ -192,9 +192,10 @@ impl Readable {
     /// Why what it needs of one of its packs is not all there, if it is not.
     fn loss_in(&self, directory: &Directory, pack: usize) -> Result<Option<String>> {
         let storages = self.manifest.storages.iter().enumerate();
-        let (indices, needed): (Vec<usize>, Vec<StorageEntry>) = storages
-            .filter(|(_, storage)| storage.pack as usize == pack)
-            .map(|(index, storage)| (index, *storage))
+        let (indices, needed): (Vec<usize>, Vec<Claim>) = storages
+            .flat_map(|(index, storage)| Claim::of(storage).into_iter().map(move |claim| (index, claim)))
+            .filter(|(_, (number, _))| *number as usize == pack)
+            .map(|(index, (_, claim))| (index, claim))
             .unzip();
         let mut error = damage_of(directory, &self.manifest.packs[pack], &needed)?;
         if let Some(Error::Damaged { part, .. }) = &mut error {
@@ -214,7 +215,7 @@ impl Readable {
 #[derive(Debug)]
 struct Pack {
     entry: PackEntry,
-    storages: BTreeMap<(u64, u64, Digest), StorageEntry>,
+    claims: HashSet<Claim>,
     /// What is wrong with it here, unless a copy makes it whole.
     flaw: Option<String>,
 }
@@ -277,15 +278,14 @@ impl Findings {
         for entry in &manifest.packs {
             self.packs.entry(entry.name.clone()).or_insert_with(|| Pack {
                 entry: entry.clone(),
-                storages: BTreeMap::new(),
+                claims: HashSet::new(),
                 flaw: None,
             });
         }
-        for storage in &manifest.storages {
-            let name = &manifest.packs[storage.pack as usize].name;
+        for (number, claim) in manifest.storages.iter().flat_map(Claim::of) {
+            let name = &manifest.packs[number as usize].name;
             let pack = self.packs.get_mut(name).expect("every pack was just added");
-            pack.storages
-                .insert((storage.offset, storage.length, storage.digest), *storage);
+            pack.claims.insert(claim);
         }
         let readable = Readable {
             name: checkpoint.info().name.clone(),
@@ -309,11 +309,11 @@ impl Findings {
     fn check_packs(&mut self, directory: &Directory, copies: &[Directory]) -> Result<()> {
         let mut restored = Vec::new();
         for (name, pack) in &mut self.packs {
-            let storages: Vec<StorageEntry> = pack.storages.values().copied().collect();
-            let Some(error) = damage_of(directory, &pack.entry, &storages)? else {
+            let claims: Vec<Claim> = pack.claims.iter().cloned().collect();
+            let Some(error) = damage_of(directory, &pack.entry, &claims)? else {
                 continue;
             };
-            let whole = |copy: &&Directory| matches!(damage_of(copy, &pack.entry, &storages), Ok(None));
+            let whole = |copy: &&Directory| matches!(damage_of(copy, &pack.entry, &claims), Ok(None));
             match copies.iter().find(whole) {
                 Some(copy) => restored.push((format!("{OBJECTS}/{name}"), copy)),
                 None => pack.flaw = Some(error.to_string()),
@@ -513,8 +513,8 @@ fn find_manifest<'a>(
 }
 
 /// What is wrong with a pack and these parts of it, if something is.
-fn damage_of(directory: &Directory, entry: &PackEntry, storages: &[StorageEntry]) -> Result<Option<Error>> {
-    match Checkpoint::of_pack(directory, entry, storages).verify() {
+fn damage_of(directory: &Directory, entry: &PackEntry, claims: &[Claim]) -> Result<Option<Error>> {
+    match store::verify_pack(directory, entry, claims) {
         Ok(()) => Ok(None),
         Err(error) if store::is_damage(&error) => Ok(Some(error)),
         Err(error) => Err(error),

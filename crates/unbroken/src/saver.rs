@@ -411,7 +411,7 @@ struct Place {
     offset: Option<usize>,
 }
 
-/// Where a checkpoint's own pack has which storage.
+/// Where a checkpoint's own pack, the last one, has which storage.
 fn places_in(manifest: &Manifest) -> Vec<Place> {
     let own = manifest
         .packs
@@ -420,9 +420,11 @@ fn places_in(manifest: &Manifest) -> Vec<Place> {
         .filter(|_| manifest.new_bytes > 0);
     let place = |storage: &StorageEntry| Place {
         length: storage.length as usize,
-        offset: own
-            .is_some_and(|own| storage.pack as usize == own)
-            .then_some(storage.offset as usize),
+        offset: storage
+            .place
+            .whole()
+            .filter(|(pack, _)| own == Some(*pack as usize))
+            .map(|(_, offset)| offset as usize),
     };
     manifest.storages.iter().map(place).collect()
 }

@@ -6,23 +6,26 @@
 
 mod pack_writer;
 mod read;
+mod renewal;
 mod retention;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use crate::digest::{Digest, Fingerprint};
+use crate::digest::{Digest, Fingerprint, WINDOWS};
 use crate::error::{Error, Result};
-use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
+use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::{Flaw, pack};
 use crate::state::{Tensor, Value};
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
 
 use pack_writer::Buffers;
+pub(crate) use read::{Claim, verify_pack};
+use renewal::Chunks;
 pub use retention::{Best, Order, Retention};
 pub use write::Commit;
 
@@ -35,6 +38,9 @@ pub(crate) const TMP: &str = "tmp";
 
 /// How the name of a file ends that is kept to be written over.
 const SPARE: &str = ".old";
+
+/// What the name of a tensor in a pack ends with that is only what changed of it.
+const CHANGED: &str = " (changed chunks)";
 
 /// The largest manifest that is read, in bytes: the largest encoded value and what surrounds it.
 const MAX_MANIFEST: u64 = crate::format::value::MAX_ENCODED as u64 + (1 << 20);
@@ -108,9 +114,20 @@ pub struct Checkpoint {
     directory: Directory,
     info: Arc<CheckpointInfo>,
     manifest: Arc<Manifest>,
+    /// What was found of storages in pieces when they were read.
+    chunks: Arc<Mutex<HashMap<usize, Chunks>>>,
 }
 
 impl Checkpoint {
+    fn new(directory: &Directory, name: &str, manifest: Manifest) -> Checkpoint {
+        Checkpoint {
+            directory: directory.clone(),
+            info: Arc::new(CheckpointInfo::new(directory, name, &manifest)),
+            manifest: Arc::new(manifest),
+            chunks: Arc::default(),
+        }
+    }
+
     /// The run directory that it lies in.
     pub(crate) fn directory(&self) -> &Directory {
         &self.directory
@@ -133,35 +150,6 @@ impl Checkpoint {
 
     pub(crate) fn shared_manifest(&self) -> Arc<Manifest> {
         Arc::clone(&self.manifest)
-    }
-
-    /// A checkpoint of nothing but parts of one pack, to have them verified.
-    pub(crate) fn of_pack(directory: &Directory, pack: &PackEntry, storages: &[StorageEntry]) -> Checkpoint {
-        let manifest = Manifest {
-            run_id: String::new(),
-            step: 0,
-            phase: 0,
-            parent: None,
-            life: 0,
-            created: String::new(),
-            tree: Value::None,
-            storages: storages
-                .iter()
-                .map(|storage| StorageEntry { pack: 0, ..*storage })
-                .collect(),
-            packs: vec![pack.clone()],
-            identity: Vec::new(),
-            environment: Vec::new(),
-            metrics: Vec::new(),
-            pinned: false,
-            journal_head: Digest([0; 32]),
-            new_bytes: 0,
-        };
-        Checkpoint {
-            directory: directory.clone(),
-            info: Arc::new(CheckpointInfo::new(directory, "", &manifest)),
-            manifest: Arc::new(manifest),
-        }
     }
 
     /// (length in bytes, digest) of each storage.
@@ -230,12 +218,7 @@ impl Checkpoint {
                 found: name.to_owned(),
             });
         }
-        let info = Arc::new(CheckpointInfo::new(directory, name, &manifest));
-        Ok(Checkpoint {
-            directory: directory.clone(),
-            info,
-            manifest: Arc::new(manifest),
-        })
+        Ok(Checkpoint::new(directory, name, manifest))
     }
 }
 
@@ -320,11 +303,27 @@ pub(crate) fn survey(directory: &Directory, run_id: &str) -> Result<Survey> {
 
 /// Where the bytes of a storage are, for those who would write them again.
 #[derive(Clone, Debug)]
-struct Place {
-    pack: PackEntry,
-    offset: u64,
+struct Known {
+    /// Where they are, in packs that are counted among these.
+    place: Place,
+    packs: Vec<PackEntry>,
     /// Whether this process wrote or read these bytes. Others are read before anything new relies on them.
     verified: bool,
+}
+
+impl Known {
+    fn of(storage: &StorageEntry, manifest: &Manifest, verified: bool) -> Known {
+        let mut packs = Vec::new();
+        let place = storage.place.with_packs(|pack| {
+            packs.push(manifest.packs[pack as usize].clone());
+            packs.len() as u32 - 1
+        });
+        Known {
+            place,
+            packs,
+            verified,
+        }
+    }
 }
 
 /// The checkpoints of one run, for its one writer.
@@ -334,7 +333,7 @@ pub struct Store {
     run_id: String,
     /// This run's whole checkpoints by name.
     catalog: BTreeMap<String, Entry>,
-    places: HashMap<(Digest, u64), Place>,
+    places: HashMap<(Digest, u64), Known>,
     /// Files of failed commits that could not be removed yet.
     leftovers: Vec<String>,
     /// Whether manifests were removed that may come back, and their packs are still there: the next prune goes on.
@@ -350,13 +349,16 @@ pub struct Store {
 }
 
 /// What a storage is expected to do from one commit to the next.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Habit {
+    digest: Digest,
     length: u64,
     /// Whether the last commit found bytes there that are nowhere else, and other ones than the commit before.
     changes: bool,
-    /// A sample of the last commit's bytes: another one now is proof of a change.
-    sample: Fingerprint,
+    /// Samples of the last commit's bytes: other ones now are proof of a change. Unknown when a life begins.
+    windows: Option<[Fingerprint; WINDOWS]>,
+    /// Digests of the last commit's chunks, unless most of them are expected to change.
+    chunks: Option<Chunks>,
 }
 
 /// Sizes that the engine works with. The defaults are measured; tests take small ones.
@@ -369,6 +371,8 @@ pub struct Tuning {
     pub workers: usize,
     /// Packs from this size on are written over the file of a deleted one.
     pub reuse_from: u64,
+    /// Storages from this size on are compared with the last commit's by chunks.
+    pub chunks_from: usize,
 }
 
 impl Default for Tuning {
@@ -377,6 +381,7 @@ impl Default for Tuning {
             piece: 4 << 20,
             workers: 4,
             reuse_from: 1 << 20,
+            chunks_from: 1 << 20,
         }
     }
 }
@@ -409,29 +414,32 @@ impl Store {
         store
     }
 
-    /// Takes note that every byte of a checkpoint was read.
+    /// Takes note that every byte of a checkpoint was read, and that training goes on from it.
     pub(crate) fn trust(&mut self, checkpoint: &Checkpoint) {
         self.admit(checkpoint, true);
+        let mut chunks = checkpoint.chunks.lock().expect("nothing panics with it");
+        let habit = |(index, storage): (usize, &StorageEntry)| Habit {
+            digest: storage.digest,
+            length: storage.length,
+            changes: false,
+            windows: None,
+            chunks: chunks.remove(&index),
+        };
+        let storages = checkpoint.manifest.storages.iter().enumerate();
+        self.habits = storages.map(habit).collect();
     }
 
     fn admit(&mut self, checkpoint: &Checkpoint, verified: bool) {
         let manifest = &checkpoint.manifest;
         for storage in &manifest.storages {
-            let pack = manifest.packs[storage.pack as usize].clone();
-            let place = self
-                .places
-                .entry((storage.digest, storage.length))
-                .or_insert(Place {
-                    pack: pack.clone(),
-                    offset: storage.offset,
-                    verified: false,
-                });
+            let key = (storage.digest, storage.length);
             if verified {
-                *place = Place {
-                    pack,
-                    offset: storage.offset,
-                    verified,
-                };
+                self.places.insert(key, Known::of(storage, manifest, true));
+            } else if storage.place.whole().is_some() {
+                // Pieces take memory, and only those of the newest one are likely to be needed again.
+                self.places
+                    .entry(key)
+                    .or_insert_with(|| Known::of(storage, manifest, false));
             }
         }
         let entry = Entry {
@@ -620,8 +628,9 @@ pub(crate) fn leaf_of(tree: &Value, storage: usize) -> String {
     found.unwrap_or_else(|| format!("storage {storage}"))
 }
 
-/// Names for new storages in a pack: their first leaf's path, made unique, and its look if it is the whole storage.
-fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[usize]) -> Vec<pack::PackTensor> {
+/// Names for what goes into a pack: a storage's first leaf's path, made unique, and its look if it is the whole storage
+/// that is written; otherwise `bytes` of it are.
+fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[(usize, Option<u64>)]) -> Vec<pack::PackTensor> {
     // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
     type Look = Option<(String, Vec<u64>)>;
     let mut first: HashMap<usize, (String, Look)> = HashMap::new();
@@ -632,8 +641,12 @@ fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[usize]) -> Vec<pack::Pa
         });
     });
     let mut taken = HashSet::new();
-    let describe = |&index: &usize| {
-        let (path, look) = first.remove(&index).unwrap_or_default();
+    let describe = |&(index, bytes): &(usize, Option<u64>)| {
+        let (mut path, mut look) = first.remove(&index).unwrap_or_default();
+        if bytes.is_some() {
+            look = None;
+            path = if path.is_empty() { path } else { path + CHANGED };
+        }
         let usable = !path.is_empty() && path != "__metadata__" && path.len() <= pack::MAX_NAME;
         let name = if usable && taken.insert(path.clone()) {
             path
@@ -647,7 +660,7 @@ fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[usize]) -> Vec<pack::Pa
         let look = look
             .as_ref()
             .map(|(dtype, shape)| (dtype.as_str(), shape.as_slice()));
-        pack::describe(name, storages[index].len() as u64, look)
+        pack::describe(name, bytes.unwrap_or(storages[index].len() as u64), look)
     };
     new.iter().map(describe).collect()
 }

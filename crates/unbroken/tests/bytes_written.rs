@@ -119,3 +119,142 @@ fn a_checkpoint_of_a_frozen_base_and_an_adapter_costs_what_the_adapter_has() {
     cost(&second, &run, 4);
     run.close().unwrap();
 }
+
+/// Rows of a table, one of its bytes each, and how many of them a step changes: one in a hundred.
+const ROW: usize = 1 << 10;
+const ROWS: usize = 16 << 10;
+const CHANGED_ROWS: usize = ROWS / 100;
+/// Bytes of a chunk of a table of this size.
+const CHUNK: usize = 8 << 10;
+
+/// A table, and a model beside it that changes all over.
+struct Tables {
+    table: Vec<u8>,
+    moment: Vec<u8>,
+    dense: Vec<u8>,
+    random: u64,
+}
+
+impl Tables {
+    fn new() -> Tables {
+        let table: Vec<u8> = (0..ROWS * ROW / 8)
+            .flat_map(|index| (index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
+            .collect();
+        Tables {
+            moment: vec![0; table.len()],
+            table,
+            dense: vec![1; 2 << 20],
+            random: 7,
+        }
+    }
+
+    /// Changes rows here and there, always the first one among them, and returns how many bytes the changed chunks of
+    /// both tables have.
+    fn step(&mut self) -> u64 {
+        let mut chunks = std::collections::BTreeSet::new();
+        for index in 0..CHANGED_ROWS {
+            self.random = self
+                .random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let row = if index == 0 {
+                0
+            } else {
+                (self.random >> 33) as usize % ROWS
+            };
+            for byte in 0..ROW {
+                self.table[row * ROW + byte] ^= (self.random >> (byte % 32 + 8)) as u8 | 1;
+                self.moment[row * ROW + byte] = self.moment[row * ROW + byte].wrapping_add(1);
+            }
+            chunks.insert(row * ROW / CHUNK);
+        }
+        for byte in &mut self.dense {
+            *byte = byte.wrapping_mul(5).wrapping_add(3);
+        }
+        (2 * chunks.len() * CHUNK) as u64
+    }
+
+    fn storages(&self) -> Vec<&[u8]> {
+        vec![&self.table, &self.moment, &self.dense]
+    }
+
+    fn commit(&self, run: &Run, step: u64) {
+        let names = ["embedding", "exp_avg", "model"];
+        let leaves = names.iter().zip(self.storages()).zip(0..);
+        let tree = leaves
+            .map(|((name, bytes), index)| {
+                (
+                    Value::Str((*name).to_owned()),
+                    leaf(index, bytes.len() as u64 / 4),
+                )
+            })
+            .collect();
+        run.commit(Commit {
+            step,
+            phase: 0,
+            tree: Value::Dict(tree),
+            storages: self.storages(),
+            identity: Vec::new(),
+            environment: Vec::new(),
+            metrics: Vec::new(),
+            pinned: false,
+        })
+        .unwrap();
+    }
+
+    fn assert_saved(&self, path: &Path) {
+        let checkpoint = run::read_checkpoint(path).unwrap();
+        for (index, bytes) in self.storages().into_iter().enumerate() {
+            assert!(checkpoint.read(index).unwrap() == bytes, "storage {index}");
+        }
+    }
+}
+
+#[test]
+fn a_table_of_which_few_rows_change_costs_little_more_than_the_chunks_that_they_are_in() {
+    let place = tempfile::tempdir().unwrap();
+    let (path, other) = (place.path().join("a"), place.path().join("b"));
+    let keep = unbroken::store::Retention {
+        last: Some(2),
+        ..Default::default()
+    };
+    let mut tables = Tables::new();
+    let sizes = (2 * ROWS * ROW, tables.dense.len() as u64);
+    let run = open(&path);
+    // The first two are whole: nobody knows yet what changes.
+    for step in 0..2 {
+        tables.step();
+        tables.commit(&run, step);
+    }
+    let (mut changed, mut written) = (0, 0);
+    let mut save = |tables: &mut Tables, run: &Run, step: u64| {
+        let before: u64 = run.checkpoints().iter().map(|info| info.new_bytes).sum();
+        changed += tables.step() + sizes.1;
+        tables.commit(run, step);
+        written += run.checkpoints().iter().map(|info| info.new_bytes).sum::<u64>() - before;
+        (changed, written)
+    };
+    for step in 2..20 {
+        let (changed, written) = save(&mut tables, &run, step);
+        let ratio = written as f64 / changed as f64;
+        assert!(ratio <= 1.5, "step {step}: {ratio}");
+        run.prune(&keep, false).unwrap();
+        let on_disk = bytes_in(&path.join("objects"));
+        assert!(on_disk < 3 * sizes.0 as u64, "step {step}: {on_disk}");
+    }
+    tables.assert_saved(&path);
+    run.close().unwrap();
+    // The next life goes on from the pieces, and so does a fork's.
+    let run = open(&path);
+    let (_, before) = save(&mut tables, &run, 30);
+    let (_, after) = save(&mut tables, &run, 31);
+    assert!(after - before < sizes.0 as u64 / 4, "{before} {after}");
+    run.close().unwrap();
+    fork(&run::read_checkpoint(&path).unwrap(), &other, Sharing::Links).unwrap();
+    let run = open(&other);
+    let (_, before) = save(&mut tables, &run, 32);
+    let (_, after) = save(&mut tables, &run, 33);
+    assert!(after - before < sizes.0 as u64 / 4, "{before} {after}");
+    tables.assert_saved(&other);
+    run.close().unwrap();
+}

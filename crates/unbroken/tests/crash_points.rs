@@ -204,6 +204,7 @@ fn open_reusing(storage: &Arc<dyn Storage>) -> Run {
         piece: unbroken::digest::GROUP,
         workers: 2,
         reuse_from: 1000,
+        ..Tuning::default()
     };
     let options = Options {
         seed: Some(7),

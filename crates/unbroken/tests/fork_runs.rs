@@ -82,8 +82,8 @@ fn a_fork_goes_on_where_its_source_was_and_writes_no_tensor() {
     assert_exact(&at(&new, 6));
     run.close().unwrap();
     // The frozen leaf is not written by the fork's own checkpoints either.
-    let frozen = |step| at(&new, step).manifest().storages[0];
-    let pack = |step: u64| at(&new, step).manifest().packs[frozen(step).pack as usize].clone();
+    let frozen = |step| at(&new, step).manifest().storages[0].place.whole().unwrap();
+    let pack = |step: u64| at(&new, step).manifest().packs[frozen(step).0 as usize].clone();
     assert_eq!(pack(6), pack(3));
 }
 

@@ -1,4 +1,4 @@
-//! Files of version 1 still open, and are still written byte for byte: `fixtures/v1/` is never rewritten.
+//! Files of every version still open, and are still written byte for byte: `fixtures/` is never rewritten.
 //!
 //! If one of these digests changes, bytes on disk changed: that needs another format version, fixtures of its own and a
 //! line in the changelog.
@@ -7,16 +7,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use unbroken::Digest;
+use unbroken::digest::Assembly;
 use unbroken::format::journal::{
     Component, Ending, Record, SegmentHeader, SegmentReader, encode_header, encode_record,
 };
-use unbroken::format::manifest::{self, Manifest, PackEntry, StorageEntry};
+use unbroken::format::manifest::{self, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry};
 use unbroken::format::pack::{self, PackTensor};
 use unbroken::format::saved::{self, Content, Node, Outline, SAVED, Saved};
 use unbroken::journal::Story;
 use unbroken::state::{Tensor, Value};
 use unbroken::storage::memory::MemoryStorage;
 use unbroken::storage::{Directory, Storage};
+use unbroken::store::Checkpoint;
 
 const PACK: &str = "00112233445566778899aabbccddeeff.safetensors";
 const MANIFEST: &str = "000000002-0-90185f13fcab361d";
@@ -24,10 +26,24 @@ const JOURNAL: &str = "000001.journal";
 /// A journal with the digests of leaves, which the first files of version 1 do not have.
 const SAVES: &str = "saved/000001.journal";
 
-fn fixture(name: &str) -> Vec<u8> {
-    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", "v1", name]
+/// A manifest of version 2: a storage in pieces, in two packs.
+const IN_PIECES: &str = "checkpoints/000000003-0-908df25e26af0614";
+const PACKS_OF_PIECES: [&str; 2] = [
+    "objects/10112233445566778899aabbccddeeff.safetensors",
+    "objects/20112233445566778899aabbccddeeff.safetensors",
+];
+
+fn path_of(version: &str, name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "..", "..", "fixtures", version, name]
         .iter()
-        .collect();
+        .collect()
+}
+
+fn fixture(name: &str) -> Vec<u8> {
+    read(path_of("v1", name))
+}
+
+fn read(path: PathBuf) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -209,8 +225,10 @@ fn manifest() -> Manifest {
     let entry = |(index, (_, bytes)): (usize, (PackTensor, Vec<u8>))| StorageEntry {
         digest: Digest::of(&bytes),
         length: bytes.len() as u64,
-        pack: 0,
-        offset: layout.offsets[index],
+        place: Place::Whole {
+            pack: 0,
+            offset: layout.offsets[index],
+        },
     };
     let pack = PackEntry {
         name: PACK.into(),
@@ -253,10 +271,8 @@ fn files_of_version_1_still_open() {
         assert!(storages().contains(&(packed.tensor, stored.to_vec())));
     }
     for storage in &found.storages {
-        let (start, end) = (
-            storage.offset as usize,
-            (storage.offset + storage.length) as usize,
-        );
+        let (_, start) = storage.place.whole().unwrap();
+        let (start, end) = (start as usize, (start + storage.length) as usize);
         assert_eq!(Digest::of(&bytes[start..end]), storage.digest);
     }
 
@@ -304,4 +320,106 @@ fn files_of_version_1_are_still_written_byte_for_byte() {
         assert_eq!(Digest::of(&bytes).short(), digest, "{name}");
         assert_eq!(bytes, fixture(name), "{name}");
     }
+}
+
+/// A table of three chunks, the last one of 10 bytes: as the first pack has it, and with its second chunk changed.
+fn tables() -> [Vec<u8>; 2] {
+    let before: Vec<u8> = (0..2 * 4096 + 10u32).map(|index| (index / 16) as u8).collect();
+    let mut after = before.clone();
+    after[4096] = 255;
+    [before, after]
+}
+
+/// The packs: the whole first table, and the second one's second chunk.
+fn packs_of_pieces() -> [(Vec<u8>, pack::PackLayout); 2] {
+    let [before, after] = tables();
+    let chunk = &after[4096..2 * 4096];
+    let whole = pack::describe("table".into(), before.len() as u64, Some(("uint8", &[8202])));
+    let changed = pack::describe("table (changed chunks)".into(), 4096, None);
+    [(whole, before.as_slice()), (changed, chunk)].map(|(tensor, bytes)| {
+        let layout = pack::plan(&[tensor]).unwrap();
+        ([&layout.header, bytes].concat(), layout)
+    })
+}
+
+fn manifest_in_pieces() -> Manifest {
+    let [_, table] = tables();
+    let packs = packs_of_pieces();
+    let chunks = Assembly::of_groups(table.len() as u64, 4096);
+    chunks.put(0, &table);
+    let (old, new) = (packs[0].1.offsets[0], packs[1].1.offsets[0]);
+    let piece = |source, offset, length| Piece {
+        source,
+        offset,
+        length,
+    };
+    let place = Place::Pieces(Pieces {
+        chunk: 4096,
+        sources: vec![
+            Source {
+                pack: 0,
+                check: chunks.digest_of_values([0..1, 2..3].into_iter()),
+            },
+            Source {
+                pack: 1,
+                check: chunks.digest_of_values(std::iter::once(1..2)),
+            },
+        ],
+        pieces: vec![
+            piece(0, old, 4096),
+            piece(1, new, 4096),
+            piece(0, old + 2 * 4096, 10),
+        ],
+    });
+    let names = PACKS_OF_PIECES.map(|name| name.strip_prefix("objects/").unwrap());
+    let entry = |((bytes, layout), name): (&(Vec<u8>, pack::PackLayout), &str)| PackEntry {
+        name: name.into(),
+        length: bytes.len() as u64,
+        header_digest: layout.header_digest,
+    };
+    let view = Value::Tensor(Tensor {
+        dtype: "uint8".into(),
+        shape: vec![8202],
+        strides: vec![1],
+        offset: 0,
+        storage: 0,
+        device: "cpu".into(),
+        attrs: vec![],
+    });
+    Manifest {
+        step: 3,
+        parent: Some(MANIFEST.into()),
+        tree: Value::Dict(vec![(text("table"), view)]),
+        storages: vec![StorageEntry {
+            digest: Digest::of(&table),
+            length: table.len() as u64,
+            place,
+        }],
+        packs: packs.iter().zip(names).map(entry).collect(),
+        new_bytes: packs[1].0.len() as u64,
+        ..manifest()
+    }
+}
+
+#[test]
+fn files_of_version_2_still_open_and_are_still_written_byte_for_byte() {
+    let (bytes, digest) = manifest::encode(&manifest_in_pieces()).unwrap();
+    for (name, bytes) in [IN_PIECES, PACKS_OF_PIECES[0], PACKS_OF_PIECES[1]]
+        .into_iter()
+        .zip([
+            bytes,
+            packs_of_pieces()[0].0.clone(),
+            packs_of_pieces()[1].0.clone(),
+        ])
+    {
+        assert_eq!(bytes, read(path_of("v2", name)), "{name}");
+    }
+    assert_eq!(
+        format!("checkpoints/{}", manifest::checkpoint_name(3, 0, &digest)),
+        IN_PIECES
+    );
+    let checkpoint = Checkpoint::open(&path_of("v2", IN_PIECES)).unwrap();
+    assert_eq!(checkpoint.manifest(), &manifest_in_pieces());
+    checkpoint.verify().unwrap();
+    assert!(checkpoint.read(0).unwrap() == tables()[1]);
 }

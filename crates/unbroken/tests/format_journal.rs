@@ -204,7 +204,8 @@ fn segments_of_another_sort_or_version_are_refused() {
         read(&bytes).unwrap_err(),
         Flaw::Version {
             what: "a journal segment",
-            found: 2
+            found: 2,
+            newest: 1,
         }
     );
     assert_eq!(

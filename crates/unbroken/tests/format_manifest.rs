@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use unbroken::Digest;
 use unbroken::format::Flaw;
 use unbroken::format::manifest::{
-    Manifest, PackEntry, StorageEntry, checkpoint_name, decode, encode, parse_checkpoint_name,
+    MAX_PIECES, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry, checkpoint_name, decode,
+    encode, parse_checkpoint_name,
 };
 use unbroken::state::{Tensor, Value};
 
@@ -41,14 +42,12 @@ fn manifest() -> Manifest {
             StorageEntry {
                 digest: Digest::of(&[0; 24]),
                 length: 24,
-                pack: 0,
-                offset: 192,
+                place: Place::Whole { pack: 0, offset: 192 },
             },
             StorageEntry {
                 digest: Digest::of(&[1; 3]),
                 length: 3,
-                pack: 0,
-                offset: 216,
+                place: Place::Whole { pack: 0, offset: 216 },
             },
         ],
         packs: vec![PackEntry {
@@ -86,8 +85,11 @@ fn reading_back_what_was_written_gives_the_same_manifest() {
 
 #[test]
 fn every_flipped_bit_of_a_manifest_is_noticed() {
-    let (bytes, _) = encode(&manifest()).unwrap();
-    for bit in 0..bytes.len() * 8 {
+    let bytes = [manifest(), with_pieces().0].map(|manifest| encode(&manifest).unwrap().0);
+    for (bytes, bit) in bytes
+        .iter()
+        .flat_map(|bytes| (0..bytes.len() * 8).map(move |bit| (bytes, bit)))
+    {
         let mut flipped = bytes.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
         assert!(decode(&flipped).is_err(), "bit {bit}");
@@ -117,7 +119,8 @@ fn another_version_is_named_before_anything_else_is_read() {
         decode(&bytes),
         Err(Flaw::Version {
             what: "a manifest",
-            found: 9
+            found: 9,
+            newest: 2
         })
     );
     assert!(matches!(
@@ -141,10 +144,127 @@ fn indices_and_views_that_leave_their_bounds_are_refused() {
             refused(|m| m.tree = tensor(dtype, shape, strides, offset, 0)).contains("leaves its storage")
         );
     }
-    assert!(refused(|m| m.storages[1].pack = 1).contains("in pack 1 of 1"));
-    assert!(refused(|m| m.storages[1].offset = 217).contains("which has 219"));
+    assert!(
+        refused(|m| m.storages[1].place = Place::Whole { pack: 1, offset: 216 }).contains("in pack 1 of 1")
+    );
+    assert!(
+        refused(|m| m.storages[1].place = Place::Whole { pack: 0, offset: 217 }).contains("which has 219")
+    );
     assert!(refused(|m| m.storages[1].length = u64::MAX).contains("which has 219"));
     assert!(refused(|m| m.identity[0].1 = tensor("uint8", &[1], &[1], 0, 0)).contains("storage 0 of 0"));
+}
+
+/// The same with a third storage of 20,000 bytes: four chunks of 4096 and one of 3616, in two packs.
+fn with_pieces() -> (Manifest, Pieces) {
+    let mut manifest = manifest();
+    let piece = |source, offset, length| Piece {
+        source,
+        offset,
+        length,
+    };
+    let source = |pack| Source {
+        pack,
+        check: Digest::of(&[pack as u8]),
+    };
+    let pieces = Pieces {
+        chunk: 4096,
+        sources: vec![source(1), source(0)],
+        pieces: vec![
+            piece(0, 64, 4096),
+            piece(1, 8192, 8192),
+            piece(0, 8256, 4096),
+            piece(0, 4160, 3616),
+        ],
+    };
+    let mut other = manifest.packs[0].clone();
+    other.name = "ffffffffffffffffffffffffffffffff.safetensors".into();
+    other.length = 64 + 3 * 4096;
+    manifest.packs[0].length = 16384;
+    manifest.packs.push(other);
+    manifest.storages.push(StorageEntry {
+        digest: Digest::of(b"pieces"),
+        length: 20_000,
+        place: Place::Pieces(pieces.clone()),
+    });
+    (manifest, pieces)
+}
+
+#[test]
+fn a_storage_in_pieces_makes_a_manifest_of_version_2_and_reads_back() {
+    let (manifest, _) = with_pieces();
+    let (bytes, _) = encode(&manifest).unwrap();
+    assert_eq!(bytes[8..12], 2u32.to_le_bytes());
+    assert_eq!(decode(&bytes).unwrap().0, manifest);
+    // Sealed again under the other version, either is refused: one manifest has one form.
+    for (manifest, version) in [(manifest, 1u32), (self::manifest(), 2)] {
+        let (mut bytes, _) = encode(&manifest).unwrap();
+        bytes.truncate(bytes.len() - 32);
+        bytes[8..12].copy_from_slice(&version.to_le_bytes());
+        let digest = Digest::of(&bytes);
+        bytes.extend(digest.0);
+        let error = decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains(&format!("of version {version}")), "{error}");
+    }
+}
+
+#[test]
+fn pieces_that_do_not_make_up_their_storage_are_refused() {
+    let refused = |change: &dyn Fn(&mut Pieces)| {
+        let (mut manifest, mut pieces) = with_pieces();
+        change(&mut pieces);
+        manifest.storages[2].place = Place::Pieces(pieces);
+        encode(&manifest)
+            .expect_err("pieces that break a rule were written")
+            .to_string()
+    };
+    for chunk in [0, 1, 2048, 4097, 12_288, 1 << 17, u64::MAX] {
+        assert!(refused(&|found| found.chunk = chunk).contains("chunks of"));
+    }
+    // Too few, of lengths that are no chunks, or that do not add up, also where the sum overflows.
+    assert!(refused(&|found| found.pieces.truncate(1)).contains("1 of them"));
+    assert!(refused(&|found| found.pieces.clear()).contains("0 of them"));
+    for length in [0, 4095, u64::MAX] {
+        assert!(refused(&|found| found.pieces[0].length = length).contains("piece 0 has"));
+    }
+    assert!(refused(&|found| found.pieces[3].length = 0).contains("piece 3 has"));
+    assert!(refused(&|found| found.pieces[0].length = 8192).contains("bytes of 20000"));
+    assert!(refused(&|found| found.pieces[3].length = u64::MAX).contains("bytes of 20000"));
+    // Outside of their packs, also where the end overflows.
+    assert!(refused(&|found| found.pieces[1].offset = 8193).contains("which has 16384"));
+    assert!(refused(&|found| found.pieces[1].offset = u64::MAX).contains("which has 16384"));
+    assert!(refused(&|found| found.sources[0].pack = 2).contains("in pack 2 of 2"));
+    // One byte of a pack twice, one piece as two, and sources that are none.
+    assert!(refused(&|found| found.pieces[3].offset = 64 + 4095).contains("overlap"));
+    assert!(refused(&|found| found.pieces[2].offset = 65).contains("overlap"));
+    assert!(refused(&|found| found.pieces[3].offset = 8256 + 4096).contains("are one"));
+    assert!(refused(&|found| found.pieces[1].source = 2).contains("in source 2"));
+    assert!(refused(&|found| found.pieces[0].source = 1).contains("in source 1"));
+    assert!(refused(&|found| found.sources[1].pack = 1).contains("one pack"));
+    assert!(refused(&|found| found.sources.push(found.sources[0].clone())).contains("2 of 3 sources"));
+}
+
+#[test]
+fn more_pieces_than_a_manifest_may_have_are_refused() {
+    let (mut manifest, mut pieces) = with_pieces();
+    let count = MAX_PIECES as u64 + 1;
+    manifest.packs[0].length = 8192 * count;
+    pieces.sources.truncate(1);
+    pieces.sources[0].pack = 0;
+    pieces.pieces = (0..count)
+        .map(|index| Piece {
+            source: 0,
+            offset: index * 8192,
+            length: 4096,
+        })
+        .collect();
+    manifest.storages[2].length = count * 4096;
+    manifest.storages[2].place = Place::Pieces(pieces.clone());
+    assert!(matches!(encode(&manifest), Err(Flaw::Limit { .. })));
+    pieces.pieces.pop();
+    manifest.storages[2].length -= 4096;
+    manifest.storages[2].place = Place::Pieces(pieces);
+    let (bytes, _) = encode(&manifest).unwrap();
+    assert_eq!(decode(&bytes).unwrap().0, manifest);
 }
 
 #[test]

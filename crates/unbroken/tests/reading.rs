@@ -226,7 +226,7 @@ fn a_run_that_is_opened_into_memory_reads_every_byte_once() {
         .manifest()
         .storages
         .iter()
-        .map(|entry| entry.offset)
+        .map(|entry| entry.place.whole().unwrap().1)
         .min();
     let tensors = file.len() as u64 - header.unwrap();
     assert_eq!(storage.packs(), tensors + 2 * (8 + header.unwrap()), "{pack}");
@@ -315,7 +315,8 @@ proptest! {
         }
         let covers = |index: usize| {
             let entry = &checkpoint.manifest().storages[index];
-            (entry.offset..entry.offset + entry.length).contains(&(at as u64))
+            let mut places = entry.place.pieces(entry.length).into_iter();
+            places.any(|(_, offset, length)| (offset..offset + length).contains(&(at as u64)))
         };
         prop_assert_eq!(outcome.is_err(), asked().any(covers));
         prop_assert!(whole.is_err());

@@ -147,10 +147,10 @@ fn a_pack_that_whole_checkpoints_need_stays_though_a_damaged_one_named_it_too() 
     let path = run_in(place.path());
     // Step 0's pack has the frozen leaf that all checkpoints need, last; and two that only step 0 needs.
     let checkpoint = at(&path, 0);
-    let storage = checkpoint.manifest().storages[1];
+    let (_, offset) = checkpoint.manifest().storages[1].place.whole().unwrap();
     let pack = own_pack(&path, 0);
     let mut bytes = fs::read(&pack).unwrap();
-    bytes[usize::try_from(storage.offset).unwrap()] ^= 1;
+    bytes[usize::try_from(offset).unwrap()] ^= 1;
     fs::write(&pack, bytes).unwrap();
     let done = repaired(&path, &[]);
     assert_eq!((done.whole.len(), done.lost.len()), (3, 1));
@@ -203,12 +203,12 @@ fn nothing_moves_while_no_checkpoint_is_whole() {
     let place = tempfile::tempdir().unwrap();
     let path = run_in(place.path());
     let packs = [0, 1, 2, 3].map(|step| own_pack(&path, step));
-    let frozen = at(&path, 0).manifest().storages[0];
+    let (_, frozen) = at(&path, 0).manifest().storages[0].place.whole().unwrap();
     for pack in &packs[1..] {
         fs::write(pack, b"short").unwrap();
     }
     let mut bytes = fs::read(&packs[0]).unwrap();
-    bytes[usize::try_from(frozen.offset).unwrap()] ^= 1;
+    bytes[usize::try_from(frozen).unwrap()] ^= 1;
     fs::write(&packs[0], bytes).unwrap();
     let before = files(&path);
     let done = repair(&path, &[]).unwrap();

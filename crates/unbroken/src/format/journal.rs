@@ -370,6 +370,7 @@ impl<W: Window> SegmentReader<W> {
             return Err(Flaw::Version {
                 what: "a journal segment",
                 found: version,
+                newest: FORMAT_VERSION,
             }
             .into());
         }

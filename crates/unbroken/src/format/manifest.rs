@@ -7,13 +7,23 @@ use std::collections::BTreeSet;
 
 use crate::digest::{Digest, unhex};
 use crate::format::record::{self, Fields};
-use crate::format::{FORMAT_VERSION, Flaw, value};
+use crate::format::{Flaw, value};
 use crate::state::{Tensor, Value};
 
 // | magic 8 | version u32 | length u64 | payload, canonical CBOR, `length` bytes | BLAKE3 of all before, 32 |
 const MAGIC: &[u8; 8] = b"UNBRKMAN";
 const PAYLOAD: usize = 8 + 4 + 8;
 const DIGEST: usize = 32;
+
+/// A manifest whose storages are all in one piece each.
+const WHOLE: u32 = 1;
+/// A manifest with a storage in several pieces.
+const IN_PIECES: u32 = 2;
+
+/// What the chunks of a storage may measure, in bytes.
+const CHUNKS: std::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
+/// The most pieces that all storages of a manifest may have together, those in one piece not counted.
+pub const MAX_PIECES: usize = 1 << 17;
 
 const KEYS: [&str; 15] = [
     "run",
@@ -68,17 +78,98 @@ pub struct Manifest {
     pub new_bytes: u64,
 }
 
-/// Where the bytes of one storage are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One storage, and where its bytes are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct StorageEntry {
     /// BLAKE3 of its bytes.
     pub digest: Digest,
     /// Its length in bytes.
     pub length: u64,
+    /// Where they are.
+    pub place: Place,
+}
+
+/// Where the bytes of a storage are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// In one piece.
+    Whole {
+        /// Index into the manifest's packs.
+        pack: u32,
+        /// First byte, counted from the start of the pack's file.
+        offset: u64,
+    },
+    /// In several.
+    Pieces(Pieces),
+}
+
+/// Where the pieces of a storage are, which has few bytes that are not in an older checkpoint too.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Pieces {
+    /// Bytes of a chunk. The storage's last chunk may be shorter.
+    pub chunk: u64,
+    /// The packs that hold them, in the order in which the pieces first need them.
+    pub sources: Vec<Source>,
+    /// The pieces in the storage's order. Each but the last has whole chunks.
+    pub pieces: Vec<Piece>,
+}
+
+/// What a pack holds of a storage.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
     /// Index into the manifest's packs.
     pub pack: u32,
+    /// BLAKE3 of the chaining values of the chunks that it holds, so that each pack can be judged alone.
+    pub check: Digest,
+}
+
+/// Some chunks of a storage that lie one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Piece {
+    /// Index into the storage's sources.
+    pub source: u32,
     /// First byte, counted from the start of the pack's file.
     pub offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+impl Place {
+    /// (pack, offset) of a storage in one piece.
+    pub fn whole(&self) -> Option<(u32, u64)> {
+        match self {
+            Place::Whole { pack, offset } => Some((*pack, *offset)),
+            Place::Pieces(_) => None,
+        }
+    }
+
+    /// (pack, offset, length) of each piece of a storage of `length` bytes, in its order.
+    pub fn pieces(&self, length: u64) -> Vec<(u32, u64, u64)> {
+        match self {
+            Place::Whole { pack, offset } => vec![(*pack, *offset, length)],
+            Place::Pieces(Pieces { sources, pieces, .. }) => pieces
+                .iter()
+                .map(|piece| (sources[piece.source as usize].pack, piece.offset, piece.length))
+                .collect(),
+        }
+    }
+
+    /// The same place in a manifest whose packs have other numbers.
+    pub(crate) fn with_packs(&self, mut number: impl FnMut(u32) -> u32) -> Place {
+        match self {
+            Place::Whole { pack, offset } => Place::Whole {
+                pack: number(*pack),
+                offset: *offset,
+            },
+            Place::Pieces(pieces) => {
+                let mut pieces = pieces.clone();
+                for source in &mut pieces.sources {
+                    source.pack = number(source.pack);
+                }
+                Place::Pieces(pieces)
+            }
+        }
+    }
 }
 
 /// One pack that a manifest refers to.
@@ -113,7 +204,7 @@ pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
     let payload = value::encode_nested(&lower(manifest)?, value::MAX_DEPTH + 1, value::MAX_MEMORY)?;
     let mut bytes = Vec::with_capacity(PAYLOAD + payload.len() + DIGEST);
     bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+    bytes.extend_from_slice(&version_of(manifest).to_le_bytes());
     bytes.extend_from_slice(&(payload.len() as u64).to_le_bytes());
     bytes.extend_from_slice(&payload);
     let digest = Digest::of(&bytes);
@@ -128,14 +219,30 @@ pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
 /// [`Flaw::Damaged`] where the bytes end early or do not hash to their digest; [`Flaw::NotOurs`], [`Flaw::Version`];
 /// [`Flaw::Malformed`] where a whole manifest breaks a rule: an index or a view out of bounds, a name that is a path.
 pub fn decode(bytes: &[u8]) -> Result<(Manifest, Digest), Flaw> {
-    let (payload, digest) = open(bytes)?;
+    let (version, payload, digest) = open(bytes)?;
     let manifest = raise(value::decode_nested(
         payload,
         value::MAX_DEPTH + 1,
         value::MAX_MEMORY,
     )?)?;
+    let expected = version_of(&manifest);
+    if version != expected {
+        return Err(Flaw::malformed(format!(
+            "a manifest of version {version} with what version {expected} is for"
+        )));
+    }
     check(&manifest)?;
     Ok((manifest, digest))
+}
+
+/// One manifest has one form: the oldest version that can say what it says.
+fn version_of(manifest: &Manifest) -> u32 {
+    let in_pieces = |storage: &StorageEntry| matches!(storage.place, Place::Pieces(_));
+    if manifest.storages.iter().any(in_pieces) {
+        IN_PIECES
+    } else {
+        WHOLE
+    }
 }
 
 /// Bytes that a manifest begins with.
@@ -151,10 +258,11 @@ pub(crate) fn check_head(head: &[u8], length: u64) -> Result<(), Flaw> {
         return Err(Flaw::ends_early("manifest", (PAYLOAD + DIGEST) as u64, length));
     };
     let version = u32::from_le_bytes(head[8..12].try_into().expect("four bytes"));
-    if version != FORMAT_VERSION {
+    if version != WHOLE && version != IN_PIECES {
         return Err(Flaw::Version {
             what: "a manifest",
             found: version,
+            newest: IN_PIECES,
         });
     }
     let payload = u64::from_le_bytes(head[12..20].try_into().expect("eight bytes"));
@@ -166,25 +274,19 @@ pub(crate) fn check_head(head: &[u8], length: u64) -> Result<(), Flaw> {
 }
 
 /// Checks everything around the payload.
-fn open(bytes: &[u8]) -> Result<(&[u8], Digest), Flaw> {
+fn open(bytes: &[u8]) -> Result<(u32, &[u8], Digest), Flaw> {
     check_head(bytes, bytes.len() as u64)?;
     let (body, digest) = bytes.split_at(bytes.len() - DIGEST);
     let (expected, found) = (Digest(digest.try_into().expect("32 bytes")), Digest::of(body));
     if expected != found {
         return Err(Flaw::digest("manifest", &expected, &found));
     }
-    Ok((&body[PAYLOAD..], found))
+    let version = u32::from_le_bytes(body[8..12].try_into().expect("four bytes"));
+    Ok((version, &body[PAYLOAD..], found))
 }
 
 fn lower(manifest: &Manifest) -> Result<Value, Flaw> {
-    let storages = manifest.storages.iter().map(|entry| {
-        Ok(Value::List(vec![
-            record::digest(&entry.digest),
-            record::count("a storage's length", entry.length)?,
-            Value::Int(i64::from(entry.pack)),
-            record::count("a storage's offset", entry.offset)?,
-        ]))
-    });
+    let storages = manifest.storages.iter().map(lower_storage);
     let packs = manifest.packs.iter().map(|entry| {
         Ok(Value::List(vec![
             Value::Str(entry.name.clone()),
@@ -221,6 +323,44 @@ fn lower(manifest: &Manifest) -> Result<Value, Flaw> {
     ))
 }
 
+fn lower_storage(entry: &StorageEntry) -> Result<Value, Flaw> {
+    let mut parts = vec![
+        record::digest(&entry.digest),
+        record::count("a storage's length", entry.length)?,
+    ];
+    match &entry.place {
+        Place::Whole { pack, offset } => {
+            parts.push(Value::Int(i64::from(*pack)));
+            parts.push(record::count("a storage's offset", *offset)?);
+        }
+        Place::Pieces(Pieces {
+            chunk,
+            sources,
+            pieces,
+        }) => {
+            let source = |source: &Source| {
+                Value::List(vec![
+                    Value::Int(i64::from(source.pack)),
+                    record::digest(&source.check),
+                ])
+            };
+            let piece = |piece: &Piece| {
+                Ok(Value::List(vec![
+                    Value::Int(i64::from(piece.source)),
+                    record::count("a piece's offset", piece.offset)?,
+                    record::count("a piece's length", piece.length)?,
+                ]))
+            };
+            parts.push(record::count("a chunk's length", *chunk)?);
+            parts.push(Value::List(sources.iter().map(source).collect()));
+            parts.push(Value::List(
+                pieces.iter().map(piece).collect::<Result<_, Flaw>>()?,
+            ));
+        }
+    }
+    Ok(Value::List(parts))
+}
+
 fn raise(value: Value) -> Result<Manifest, Flaw> {
     let mut fields = Fields::of_dict("a manifest", value, &KEYS)?;
     Ok(Manifest {
@@ -231,16 +371,8 @@ fn raise(value: Value) -> Result<Manifest, Flaw> {
         life: fields.small()?,
         created: fields.text()?,
         tree: fields.value()?,
-        storages: fields
-            .list()?
-            .into_iter()
-            .map(raise_storage)
-            .collect::<Result<_, _>>()?,
-        packs: fields
-            .list()?
-            .into_iter()
-            .map(raise_pack)
-            .collect::<Result<_, _>>()?,
+        storages: raise_all(fields.list()?, raise_storage)?,
+        packs: raise_all(fields.list()?, raise_pack)?,
         identity: fields.named()?,
         environment: fields.named()?,
         metrics: fields
@@ -255,12 +387,46 @@ fn raise(value: Value) -> Result<Manifest, Flaw> {
 }
 
 fn raise_storage(value: Value) -> Result<StorageEntry, Flaw> {
-    let mut fields = Fields::of_list("a storage", value, 4)?;
+    let in_pieces = matches!(&value, Value::List(parts) if parts.len() == 5);
+    let mut fields = Fields::of_list("a storage", value, if in_pieces { 5 } else { 4 })?;
+    let (digest, length) = (fields.digest()?, fields.count()?);
+    let place = if in_pieces {
+        Place::Pieces(Pieces {
+            chunk: fields.count()?,
+            sources: raise_all(fields.list()?, raise_source)?,
+            pieces: raise_all(fields.list()?, raise_piece)?,
+        })
+    } else {
+        Place::Whole {
+            pack: fields.small()?,
+            offset: fields.count()?,
+        }
+    };
     Ok(StorageEntry {
-        digest: fields.digest()?,
-        length: fields.count()?,
+        digest,
+        length,
+        place,
+    })
+}
+
+fn raise_all<T>(values: Vec<Value>, raise: fn(Value) -> Result<T, Flaw>) -> Result<Vec<T>, Flaw> {
+    values.into_iter().map(raise).collect()
+}
+
+fn raise_source(value: Value) -> Result<Source, Flaw> {
+    let mut fields = Fields::of_list("a source of pieces", value, 2)?;
+    Ok(Source {
         pack: fields.small()?,
+        check: fields.digest()?,
+    })
+}
+
+fn raise_piece(value: Value) -> Result<Piece, Flaw> {
+    let mut fields = Fields::of_list("a piece", value, 3)?;
+    Ok(Piece {
+        source: fields.small()?,
         offset: fields.count()?,
+        length: fields.count()?,
     })
 }
 
@@ -298,6 +464,16 @@ fn check(manifest: &Manifest) -> Result<(), Flaw> {
         return Err(Flaw::malformed("life 0; lives count from 1"));
     }
     check_packs(&manifest.packs)?;
+    let count = |storage: &StorageEntry| match &storage.place {
+        Place::Whole { .. } => 0,
+        Place::Pieces(pieces) => pieces.pieces.len(),
+    };
+    let pieces: usize = manifest.storages.iter().map(count).sum();
+    if pieces > MAX_PIECES {
+        return Err(Flaw::limit(format!(
+            "{pieces} pieces in a manifest; at most {MAX_PIECES} are allowed"
+        )));
+    }
     for (index, storage) in manifest.storages.iter().enumerate() {
         check_storage(index, storage, &manifest.packs)?;
     }
@@ -325,20 +501,82 @@ fn check_packs(packs: &[PackEntry]) -> Result<(), Flaw> {
 }
 
 fn check_storage(index: usize, storage: &StorageEntry, packs: &[PackEntry]) -> Result<(), Flaw> {
-    let Some(pack) = packs.get(storage.pack as usize) else {
-        return Err(Flaw::malformed(format!(
-            "storage {index} is in pack {} of {}",
-            storage.pack,
-            packs.len()
-        )));
-    };
-    match storage.offset.checked_add(storage.length) {
-        Some(end) if end <= pack.length => Ok(()),
-        _ => Err(Flaw::malformed(format!(
-            "storage {index} takes {} bytes at {} of pack {:?}, which has {}",
-            storage.length, storage.offset, pack.name, pack.length
-        ))),
+    if let Place::Pieces(pieces) = &storage.place {
+        check_pieces(index, storage.length, pieces)?;
     }
+    for (number, offset, length) in storage.place.pieces(storage.length) {
+        let Some(pack) = packs.get(number as usize) else {
+            return Err(Flaw::malformed(format!(
+                "storage {index} is in pack {number} of {}",
+                packs.len()
+            )));
+        };
+        if offset.checked_add(length).is_none_or(|end| end > pack.length) {
+            return Err(Flaw::malformed(format!(
+                "storage {index} takes {length} bytes at {offset} of pack {:?}, which has {}",
+                pack.name, pack.length
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that pieces make up their storage in the one way in which they are written: no byte of a pack twice.
+fn check_pieces(index: usize, length: u64, found: &Pieces) -> Result<(), Flaw> {
+    let wrong = |what: String| Err(Flaw::malformed(format!("storage {index} in pieces: {what}")));
+    let Pieces {
+        chunk,
+        sources,
+        pieces,
+    } = found;
+    if !CHUNKS.contains(chunk) || !chunk.is_power_of_two() {
+        return wrong(format!("chunks of {chunk} bytes"));
+    }
+    if pieces.len() < 2 {
+        return wrong(format!("{} of them", pieces.len()));
+    }
+    let (mut used, mut sum) = (0, 0u64);
+    for (number, piece) in pieces.iter().enumerate() {
+        if piece.source as usize > used || piece.source as usize >= sources.len() {
+            return wrong(format!("piece {number} is in source {}", piece.source));
+        }
+        used = used.max(piece.source as usize + 1);
+        let is_last = number + 1 == pieces.len();
+        if piece.length == 0 || !(is_last || piece.length.is_multiple_of(*chunk)) {
+            return wrong(format!("piece {number} has {} bytes", piece.length));
+        }
+        sum = sum.saturating_add(piece.length);
+    }
+    if used != sources.len() {
+        return wrong(format!("{used} of {} sources are used", sources.len()));
+    }
+    if sum != length {
+        return wrong(format!("{sum} bytes of {length}"));
+    }
+    if sources
+        .iter()
+        .map(|source| source.pack)
+        .collect::<BTreeSet<_>>()
+        .len()
+        < sources.len()
+    {
+        return wrong("two sources are one pack".to_owned());
+    }
+    let goes_on = |pair: &[Piece]| {
+        pair[0].source == pair[1].source && pair[0].offset.checked_add(pair[0].length) == Some(pair[1].offset)
+    };
+    if pieces.windows(2).any(goes_on) {
+        return wrong("two of them are one".to_owned());
+    }
+    let mut sorted = pieces.clone();
+    sorted.sort_unstable_by_key(|piece| (piece.source, piece.offset));
+    let overlap = |pair: &[Piece]| {
+        pair[0].source == pair[1].source && pair[0].offset.saturating_add(pair[0].length) > pair[1].offset
+    };
+    if sorted.windows(2).any(overlap) {
+        return wrong("two of them overlap".to_owned());
+    }
+    Ok(())
 }
 
 /// Whether a name is one part of a path and safe to join to a directory, on every platform.

@@ -17,7 +17,7 @@ use std::path::Path;
 use crate::digest::Digest;
 use crate::error::Error;
 
-/// The version of every format in this module, as written into files.
+/// The version of `run.toml`, of journals and of packs, as written into files; manifests have versions of their own.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// What is wrong with bytes, before anyone says which file they are from.
@@ -35,6 +35,8 @@ pub enum Flaw {
         what: &'static str,
         /// The version found.
         found: u32,
+        /// The newest that this release reads; it reads all before it.
+        newest: u32,
     },
     /// They were ours and whole once: they end early, or hash to something else.
     Damaged {
@@ -109,10 +111,10 @@ impl fmt::Display for Flaw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Flaw::NotOurs { what } => write!(f, "not {what} of unbroken"),
-            Flaw::Version { what, found } => {
+            Flaw::Version { what, found, newest } => {
                 write!(
                     f,
-                    "{what} of format version {found}; this release reads version {FORMAT_VERSION}"
+                    "{what} of format version {found}; this release reads versions up to {newest}"
                 )
             }
             Flaw::Damaged {

@@ -1,10 +1,11 @@
 //! Reading a checkpoint's bytes: every byte that is handed out was hashed on its way.
 //!
-//! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it. Then several
-//! threads take the next piece: straight into its memory where the system's cache has it, past that cache and from
+//! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it; a storage may
+//! lie in several. Then several threads take the next piece: straight into its memory where the system's cache has it, past that cache and from
 //! there into its memory where not. What is hashed is what lies in that memory afterwards.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +13,7 @@ use super::{Checkpoint, OBJECTS, leaf_of};
 use crate::arena::{Arena, bring_in};
 use crate::digest::{Assembly, Digest, GROUP};
 use crate::error::{Error, Result};
-use crate::format::manifest::{PackEntry, StorageEntry};
+use crate::format::manifest::{PackEntry, Pieces, Place, StorageEntry};
 use crate::format::pack;
 use crate::storage::{DIRECT_ALIGNMENT, Directory, Source, zeros};
 
@@ -49,8 +50,14 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Bytes of a file that are wanted, and hashed together.
+/// Bytes of a file that are wanted: whole groups of what is hashed together.
 struct Wanted<'a> {
+    /// Which of those that are hashed.
+    index: usize,
+    /// Bytes of its groups.
+    grain: usize,
+    /// Where they begin in it, a whole number of groups.
+    at: u64,
     /// Which of the files.
     source: usize,
     offset: u64,
@@ -60,7 +67,7 @@ struct Wanted<'a> {
 
 /// Whole groups of what is wanted; its last group may be short.
 struct Part<'a> {
-    /// Which of those wanted.
+    /// Which of those that are hashed.
     index: usize,
     /// Number of its first group.
     group: usize,
@@ -80,7 +87,7 @@ struct Piece<'a> {
 
 impl Piece<'_> {
     /// How many of `left` bytes from `offset` on it can take: all, or whole groups, or none.
-    fn room(&self, source: usize, offset: u64, left: u64) -> usize {
+    fn room(&self, source: usize, grain: usize, offset: u64, left: u64) -> usize {
         let near = self.start..=self.start + self.length as u64 + GAP;
         if source != self.source || !near.contains(&offset) {
             return 0;
@@ -89,7 +96,7 @@ impl Piece<'_> {
         let taken = if left <= room {
             left
         } else {
-            room - room % GROUP as u64
+            room - room % grain as u64
         };
         taken as usize
     }
@@ -97,15 +104,15 @@ impl Piece<'_> {
 
 /// Plans the reading, in the order in which the files have it.
 fn plan(wanted: Vec<Wanted>) -> Vec<Piece> {
-    let mut wanted: Vec<_> = wanted.into_iter().enumerate().collect();
-    wanted.sort_by_key(|(_, wanted)| (wanted.source, wanted.offset));
+    let mut wanted = wanted;
+    wanted.sort_by_key(|wanted| (wanted.source, wanted.offset));
     let mut pieces: Vec<Piece> = Vec::new();
-    for (index, mut wanted) in wanted {
+    for mut wanted in wanted {
         let mut from = 0;
         while from < wanted.length {
             let (offset, left) = (wanted.offset + from, wanted.length - from);
-            let fits = |piece: &Piece| piece.room(wanted.source, offset, left) > 0;
-            if !pieces.last().is_some_and(fits) {
+            let room = |piece: &Piece| piece.room(wanted.source, wanted.grain, offset, left);
+            if pieces.last().is_none_or(|piece| room(piece) == 0) {
                 pieces.push(Piece {
                     source: wanted.source,
                     start: offset,
@@ -114,12 +121,12 @@ fn plan(wanted: Vec<Wanted>) -> Vec<Piece> {
                 });
             }
             let piece = pieces.last_mut().expect("one was just pushed");
-            let length = piece.room(wanted.source, offset, left);
+            let length = room(piece);
             let at = (offset - piece.start) as usize;
             piece.length = piece.length.max(at + length);
             piece.parts.push(Part {
-                index,
-                group: from as usize / GROUP,
+                index: wanted.index,
+                group: (wanted.at + from) as usize / wanted.grain,
                 at,
                 length,
                 bytes: wanted.bytes.cut_off(length),
@@ -161,12 +168,11 @@ impl Scratch {
     }
 }
 
-/// Reads what is wanted and returns the digest of each.
-fn read_all(sources: &[&Source], wanted: Vec<Wanted>) -> Result<Vec<Digest>> {
+/// Reads what is wanted of what is hashed.
+fn read_all(sources: &[Source], digests: &[Assembly], wanted: Vec<Wanted>) -> Result<()> {
     let total = wanted.iter().map(|wanted| wanted.length).sum();
-    let digests: Vec<Assembly> = wanted.iter().map(|wanted| Assembly::new(wanted.length)).collect();
     each_in_parallel(total, plan(wanted), |scratch, piece| {
-        let source = sources[piece.source];
+        let source = &sources[piece.source];
         let cold = source.is_cold(piece.start, piece.length);
         let mut parts = piece.parts;
         if let ([part], false) = (parts.as_mut_slice(), cold)
@@ -184,7 +190,8 @@ fn read_all(sources: &[&Source], wanted: Vec<Wanted>) -> Result<Vec<Digest>> {
                 Target::Nowhere => digest.put(part.group, found),
                 Target::Memory(memory) => {
                     bring_in(memory);
-                    let groups = memory.chunks_mut(GROUP).zip(found.chunks(GROUP));
+                    let grain = digest.grain();
+                    let groups = memory.chunks_mut(grain).zip(found.chunks(grain));
                     for (group, (memory, found)) in groups.enumerate() {
                         memory.copy_from_slice(found);
                         digest.put(part.group + group, memory); // Still in the nearest cache.
@@ -193,8 +200,71 @@ fn read_all(sources: &[&Source], wanted: Vec<Wanted>) -> Result<Vec<Digest>> {
             }
         }
         Ok(())
-    })?;
-    Ok(digests.iter().map(Assembly::finish).collect())
+    })
+}
+
+/// What is wrong with bytes that were read.
+struct Wrong {
+    /// In which of the packs, if it is in one.
+    pack: Option<u32>,
+    expected: Digest,
+    found: Digest,
+}
+
+impl StorageEntry {
+    /// An assembly that sees what its packs have of it.
+    fn assembly(&self) -> Assembly {
+        Assembly::of_groups(self.length, self.grain())
+    }
+
+    /// Bytes of the groups that it is hashed in.
+    fn grain(&self) -> usize {
+        match &self.place {
+            Place::Whole { .. } => GROUP,
+            Place::Pieces(pieces) => pieces.chunk as usize,
+        }
+    }
+
+    /// Compares all its bytes with its digest, and what each pack has with what it should.
+    fn judge(&self, found: &Assembly) -> Option<Wrong> {
+        let wrong = |pack, expected: Digest, found: Digest| {
+            (expected != found).then_some(Wrong {
+                pack,
+                expected,
+                found,
+            })
+        };
+        let in_pack = |(pack, claim): &(u32, Claim)| wrong(Some(*pack), claim.expected, claim.found(found));
+        Claim::of(self)
+            .iter()
+            .find_map(in_pack)
+            .or_else(|| wrong(None, self.digest, found.finish()))
+    }
+}
+
+/// What one storage wants; `source` says which file a pack is.
+fn want<'a>(
+    index: usize,
+    entry: &StorageEntry,
+    mut bytes: Target<'a>,
+    mut source: impl FnMut(u32) -> Result<usize>,
+) -> Result<Vec<Wanted<'a>>> {
+    let grain = entry.grain();
+    let (mut at, mut wanted) = (0, Vec::new());
+    for (pack, offset, length) in entry.place.pieces(entry.length) {
+        let bytes = bytes.cut_off(length as usize);
+        wanted.push(Wanted {
+            index,
+            grain,
+            at,
+            source: source(pack)?,
+            offset,
+            length,
+            bytes,
+        });
+        at += length;
+    }
+    Ok(wanted)
 }
 
 impl Checkpoint {
@@ -205,8 +275,11 @@ impl Checkpoint {
     /// `Damaged` names file and leaf.
     pub fn read(&self, storage: usize) -> Result<Vec<u8>> {
         let entry = self.entry(storage)?;
-        let pack = open_pack(&self.directory, &self.manifest.packs[entry.pack as usize])?;
-        let mut bytes = zeros(entry.length).map_err(|error| Error::io("read", pack.path(), error))?;
+        // What is not there takes no memory.
+        for (pack, ..) in entry.place.pieces(entry.length) {
+            open_pack(&self.directory, &self.manifest.packs[pack as usize])?;
+        }
+        let mut bytes = zeros(entry.length).map_err(|error| Error::io("read", &self.info.path, error))?;
         self.fill_all(vec![(storage, Target::Memory(&mut bytes))])?;
         Ok(bytes)
     }
@@ -239,13 +312,11 @@ impl Checkpoint {
     pub fn verify_into(&self, targets: Vec<(usize, &mut [u8])>) -> Result<()> {
         self.check_packs()?;
         let mut targets = self.checked(targets)?;
-        let place = |entry: &StorageEntry| (entry.pack, entry.offset, entry.length, entry.digest);
-        let mut seen: HashSet<_> = targets
-            .iter()
-            .map(|(storage, _)| place(&self.manifest.storages[*storage]))
-            .collect();
-        for (storage, entry) in self.manifest.storages.iter().enumerate() {
-            if seen.insert(place(entry)) {
+        let storages = &self.manifest.storages;
+        let mut seen: HashSet<&StorageEntry> =
+            targets.iter().map(|(storage, _)| &storages[*storage]).collect();
+        for (storage, entry) in storages.iter().enumerate() {
+            if seen.insert(entry) {
                 targets.push((storage, Target::Nowhere));
             }
         }
@@ -268,26 +339,10 @@ impl Checkpoint {
 
     /// Checks that each pack is there, as long as it should be, with the header that the manifest names.
     pub fn check_packs(&self) -> Result<()> {
-        for entry in &self.manifest.packs {
-            let source = open_pack(&self.directory, entry)?;
-            let mut first = [0; 8];
-            source.read_exact_at(0, &mut first)?;
-            let length = pack::header_length(first)
-                .map_err(|flaw| flaw.at(source.path()))?
-                .min(entry.length);
-            let mut header = vec![0; usize::try_from(length).expect("a header fits in memory")];
-            source.read_exact_at(0, &mut header)?;
-            let found = Digest::of(&header);
-            if found != entry.header_digest {
-                return Err(damaged(
-                    &source,
-                    "header".to_owned(),
-                    &entry.header_digest,
-                    &found,
-                ));
-            }
-        }
-        Ok(())
+        self.manifest
+            .packs
+            .iter()
+            .try_for_each(|entry| check_pack(&self.directory, entry).map(drop))
     }
 
     fn entry(&self, storage: usize) -> Result<&StorageEntry> {
@@ -299,48 +354,159 @@ impl Checkpoint {
     fn fill_all(&self, targets: Vec<(usize, Target)>) -> Result<()> {
         let mut packs: HashMap<u32, usize> = HashMap::new();
         let mut sources = Vec::new();
+        let mut open = |pack: u32| {
+            if let Some(source) = packs.get(&pack) {
+                return Ok(*source);
+            }
+            sources.push(open_pack(&self.directory, &self.manifest.packs[pack as usize])?);
+            packs.insert(pack, sources.len() - 1);
+            Ok(sources.len() - 1)
+        };
         let mut wanted = Vec::with_capacity(targets.len());
         let mut storages = Vec::with_capacity(targets.len());
-        for (storage, bytes) in targets {
-            let entry = self.entry(storage)?;
-            let source = match packs.get(&entry.pack) {
-                Some(source) => *source,
-                None => {
-                    let pack = &self.manifest.packs[entry.pack as usize];
-                    sources.push(open_pack(&self.directory, pack)?);
-                    packs.insert(entry.pack, sources.len() - 1);
-                    sources.len() - 1
-                }
-            };
-            storages.push((storage, source));
-            wanted.push(Wanted {
-                source,
-                offset: entry.offset,
-                length: entry.length,
-                bytes,
-            });
+        for (index, (storage, bytes)) in targets.into_iter().enumerate() {
+            wanted.extend(want(index, self.entry(storage)?, bytes, &mut open)?);
+            storages.push(storage);
         }
-        let digests = read_all(&sources.iter().collect::<Vec<_>>(), wanted)?;
-        for ((storage, source), found) in storages.into_iter().zip(digests) {
-            let expected = &self.manifest.storages[storage].digest;
-            if found != *expected {
+        let entries = storages.iter().map(|&storage| &self.manifest.storages[storage]);
+        let digests: Vec<Assembly> = entries.clone().map(StorageEntry::assembly).collect();
+        read_all(&sources, &digests, wanted)?;
+        for ((&storage, entry), digest) in storages.iter().zip(entries).zip(&digests) {
+            if let Some(wrong) = entry.judge(digest) {
                 let leaf = leaf_of(&self.manifest.tree, storage);
-                return Err(damaged(&sources[source], leaf, expected, &found));
+                let path = match wrong.pack {
+                    Some(pack) => sources[packs[&pack]].path(),
+                    None => self.info.path.clone(), // Each pack has what the manifest says, which cannot be.
+                };
+                return Err(damaged(path, leaf, &wrong.expected, &wrong.found));
             }
+        }
+        for (storage, digest) in storages.into_iter().zip(digests) {
+            self.note_chunks(storage, digest);
         }
         Ok(())
     }
+
+    /// Keeps what was found of a storage in pieces, for a commit that goes on from it.
+    fn note_chunks(&self, storage: usize, found: Assembly) {
+        if let Place::Pieces(_) = self.manifest.storages[storage].place {
+            let mut chunks = self.chunks.lock().expect("nothing panics with it");
+            chunks.insert(storage, found.into_values().into());
+        }
+    }
 }
 
-/// Returns the digest of a part of a file.
-pub(super) fn digest_on_disk(source: &Source, offset: u64, length: u64) -> Result<Digest> {
-    let wanted = Wanted {
-        source: 0,
-        offset,
-        length,
-        bytes: Target::Nowhere,
-    };
-    Ok(read_all(&[source], vec![wanted])?[0])
+/// What a manifest says of one pack: that it has bytes of a storage.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Claim {
+    /// The storage's length.
+    length: u64,
+    grain: usize,
+    /// Digest of the storage, or, where others have the rest of it, of its groups' values.
+    expected: Digest,
+    is_whole: bool,
+    /// (first byte in the storage, first byte in the pack, length).
+    parts: Vec<(u64, u64, u64)>,
+}
+
+impl Claim {
+    /// What a storage says of each pack that it is in, by the pack's index.
+    pub(crate) fn of(entry: &StorageEntry) -> Vec<(u32, Claim)> {
+        let claim = |expected, is_whole| Claim {
+            length: entry.length,
+            grain: entry.grain(),
+            expected,
+            is_whole,
+            parts: Vec::new(),
+        };
+        let mut claims: Vec<(u32, Claim)> = match &entry.place {
+            Place::Whole { pack, .. } => vec![(*pack, claim(entry.digest, true))],
+            Place::Pieces(Pieces { sources, .. }) => sources
+                .iter()
+                .map(|source| (source.pack, claim(source.check, false)))
+                .collect(),
+        };
+        let mut at = 0;
+        for (pack, offset, length) in entry.place.pieces(entry.length) {
+            let of_pack = claims.iter_mut().find(|(number, _)| *number == pack);
+            let (_, claim) = of_pack.expect("every piece is in a pack of its storage");
+            claim.parts.push((at, offset, length));
+            at += length;
+        }
+        claims
+    }
+
+    fn found(&self, digest: &Assembly) -> Digest {
+        if self.is_whole {
+            return digest.finish();
+        }
+        let groups = |&(at, _, length): &(u64, u64, u64)| {
+            let first = at as usize / self.grain;
+            first..first + (length as usize).div_ceil(self.grain)
+        };
+        digest.digest_of_values(self.parts.iter().map(groups))
+    }
+}
+
+/// Reads one pack, alone, and compares what it holds with what manifests say of it.
+///
+/// # Errors
+///
+/// `Damaged`; where it is in a storage's bytes, the part is that claim's number: `storage 3`.
+pub(crate) fn verify_pack(directory: &Directory, pack: &PackEntry, claims: &[Claim]) -> Result<()> {
+    let sources = [check_pack(directory, pack)?];
+    let assembly = |claim: &Claim| Assembly::of_groups(claim.length, claim.grain);
+    let digests: Vec<Assembly> = claims.iter().map(assembly).collect();
+    let wanted = claims.iter().enumerate().flat_map(|(index, claim)| {
+        claim.parts.iter().map(move |&(at, offset, length)| Wanted {
+            index,
+            grain: claim.grain,
+            at,
+            source: 0,
+            offset,
+            length,
+            bytes: Target::Nowhere,
+        })
+    });
+    read_all(&sources, &digests, wanted.collect())?;
+    for (index, (claim, digest)) in claims.iter().zip(&digests).enumerate() {
+        let found = claim.found(digest);
+        if found != claim.expected {
+            let (path, part) = (sources[0].path(), format!("storage {index}"));
+            return Err(damaged(path, part, &claim.expected, &found));
+        }
+    }
+    Ok(())
+}
+
+/// Says whether the bytes of a storage are where it says, on packs that are open: those that `packs` says.
+pub(super) fn is_there(directory: &Directory, packs: &[PackEntry], entry: &StorageEntry) -> Result<bool> {
+    let mut sources = Vec::new();
+    for pack in packs {
+        sources.push(open_pack(directory, pack)?);
+    }
+    let wanted = want(0, entry, Target::Nowhere, |pack| Ok(pack as usize))?;
+    let digests = [entry.assembly()];
+    read_all(&sources, &digests, wanted)?;
+    Ok(entry.judge(&digests[0]).is_none())
+}
+
+/// Opens a pack and checks its header.
+fn check_pack(directory: &Directory, entry: &PackEntry) -> Result<Source> {
+    let source = open_pack(directory, entry)?;
+    let mut first = [0; 8];
+    source.read_exact_at(0, &mut first)?;
+    let length = pack::header_length(first)
+        .map_err(|flaw| flaw.at(source.path()))?
+        .min(entry.length);
+    let mut header = vec![0; usize::try_from(length).expect("a header fits in memory")];
+    source.read_exact_at(0, &mut header)?;
+    let found = Digest::of(&header);
+    if found != entry.header_digest {
+        let (path, part) = (source.path(), "header".to_owned());
+        return Err(damaged(path, part, &entry.header_digest, &found));
+    }
+    Ok(source)
 }
 
 /// Opens a pack that is as long as its manifest says.
@@ -359,32 +525,32 @@ pub(super) fn open_pack(directory: &Directory, entry: &PackEntry) -> Result<Sour
     Ok(source)
 }
 
-fn damaged(source: &Source, part: String, expected: &Digest, found: &Digest) -> Error {
+fn damaged(path: PathBuf, part: String, expected: &Digest, found: &Digest) -> Error {
     Error::Damaged {
-        path: source.path(),
+        path,
         part,
         expected: expected.short(),
         found: found.short(),
     }
 }
 
-/// Returns the digest of each region, on several threads where there is much to hash.
-pub(super) fn digest_all(regions: &[&[u8]]) -> Vec<Digest> {
-    let total = regions.iter().map(|region| region.len() as u64).sum();
+/// Digests each region, in groups of so many bytes, on several threads where there is much to hash.
+pub(super) fn digest_all(regions: &[(&[u8], usize)]) -> Vec<Assembly> {
+    let total = regions.iter().map(|(region, _)| region.len() as u64).sum();
     let digests: Vec<Assembly> = regions
         .iter()
-        .map(|region| Assembly::new(region.len() as u64))
+        .map(|(region, grain)| Assembly::of_groups(region.len() as u64, *grain))
         .collect();
-    let pieces = regions.iter().zip(&digests).flat_map(|(region, digest)| {
+    let pieces = regions.iter().zip(&digests).flat_map(|((region, _), digest)| {
         let parts = region.chunks(PIECE).enumerate();
         parts.map(move |(index, part)| (digest, index, part))
     });
     let done = each_in_parallel(total, pieces.collect(), |_, (digest, index, part)| {
-        digest.put(index * (PIECE / GROUP), part);
+        digest.put(index * (PIECE / digest.grain()), part);
         Ok(())
     });
     done.expect("hashing memory cannot fail");
-    digests.iter().map(Assembly::finish).collect()
+    digests
 }
 
 /// Does `work` on each item, on several threads if `total_bytes` is worth it. The first error stops the rest. Each thread

@@ -132,7 +132,7 @@ impl Store {
         self.directory.sync_dir(CHECKPOINTS)?;
         if let Some(referenced) = self.referenced()? {
             self.places
-                .retain(|_, place| referenced.contains(&place.pack.name));
+                .retain(|_, known| known.packs.iter().all(|pack| referenced.contains(&pack.name)));
             let mut garbage = unreferenced_packs(&self.directory, &referenced)?;
             if self.spare.is_none()
                 && let Some(at) = garbage.iter().position(|name| {

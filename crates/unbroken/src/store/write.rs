@@ -4,17 +4,20 @@
 //! pack in `tmp/`, which is written over.
 //!
 //! Bytes are read once where that is enough: a storage that changed up to the last commit, and of which a sample shows
-//! that it changed since, is taken for new and digested while it is written. Others are digested first, so that what is on disk already is not written again.
+//! that it changed since, is taken for new and digested while it is written. Others are digested first, so that what is on
+//! disk already is not written again; of a large one that changed in few places, only those are.
 
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
-use super::read::{digest_all, digest_on_disk, open_pack};
-use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, Habit, OBJECTS, Place, Store, is_damage, pack_tensors};
+use super::read::{digest_all, is_there, open_pack};
+use super::renewal::{Chunks, Renewal, chunk_size, digests_of, settle};
+use super::{CHECKPOINTS, Checkpoint, Habit, Known, OBJECTS, Store, is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
-use crate::digest::{Digest, Fingerprint};
+use crate::digest::{Digest, Fingerprint, GROUP, WINDOWS};
 use crate::error::{Error, Result};
-use crate::format::manifest::{self, Manifest, PackEntry, StorageEntry};
+use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::{self, PackLayout};
 use crate::state::Value;
 use crate::storage::{File, already_exists};
@@ -43,50 +46,105 @@ pub struct Commit<'a> {
 /// Which sample of a storage is compared from commit to commit.
 const SAMPLE: u64 = 1;
 
+/// What digesting a storage first has told.
+struct Found {
+    digest: Digest,
+    /// Of a large one.
+    chunks: Option<Chunks>,
+}
+
+/// What becomes of a storage.
+enum Fate {
+    /// It is on disk already.
+    There(Known),
+    /// It is what another one is.
+    Same(usize),
+    /// It is written, all of it or in parts.
+    New,
+}
+
 /// Where a storage's bytes are or go.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 enum Origin {
-    /// On disk already: index among the manifest's packs, offset there.
-    There(u32, u64),
-    /// Into the new pack: position among the new storages.
-    New(usize),
+    /// Where that is known.
+    At(Place),
+    /// All of it into a new pack: index among those, and among what goes there.
+    New(usize, usize),
+}
+
+/// What goes into a new pack.
+struct Addition {
+    storage: usize,
+    /// Which parts of it.
+    parts: Vec<Range<usize>>,
+    /// The parts' digests, where they were digested first.
+    digests: Option<Vec<Digest>>,
+    /// How the rest is where it was, if it is not written whole.
+    renewal: Option<Renewal>,
+}
+
+/// A pack to write.
+struct NewPack {
+    /// Index among the manifest's packs.
+    number: u32,
+    layout: PackLayout,
+    additions: Vec<Addition>,
 }
 
 /// What a commit will do.
 struct Plan {
+    found: Vec<Option<Found>>,
     origins: Vec<Origin>,
-    /// Digests of the storages that were digested first.
-    known: Vec<Option<Digest>>,
     packs: Vec<PackEntry>,
-    /// Indices of the storages to write, and how the pack that they go to is laid out.
-    new: Option<(Vec<usize>, PackLayout)>,
+    new: Vec<NewPack>,
+}
+
+/// The packs that a manifest will name.
+#[derive(Default)]
+struct Packs {
+    entries: Vec<PackEntry>,
+    numbers: HashMap<String, u32>,
+}
+
+impl Packs {
+    /// The number of a pack, which it may get now.
+    fn number(&mut self, pack: &PackEntry) -> u32 {
+        match self.numbers.entry(pack.name.clone()) {
+            Slot::Occupied(slot) => *slot.get(),
+            Slot::Vacant(slot) => {
+                self.entries.push(pack.clone());
+                *slot.insert(self.entries.len() as u32 - 1)
+            }
+        }
+    }
 }
 
 impl Plan {
     fn new_bytes(&self) -> u64 {
-        self.new.as_ref().map_or(0, |(_, layout)| layout.length)
+        self.new.iter().map(|pack| pack.layout.length).sum()
     }
 
-    /// What the manifest says of the storages; `written` are the digests of the new ones, in their order in the plan.
-    fn entries(&self, storages: &[&[u8]], written: &[Digest]) -> Vec<StorageEntry> {
+    /// What the manifest says of the storages. `written` are the digests of what went into the new packs, each whole
+    /// storage's, in the order of the additions; before they are written, none.
+    fn entries(&self, storages: &[&[u8]], written: &[Vec<Digest>]) -> Vec<StorageEntry> {
         let describe = |(index, origin): (usize, &Origin)| {
-            let (digest, pack, offset) = match (*origin, &self.new) {
-                (Origin::New(position), Some((_, layout))) => (
-                    written[position],
-                    self.packs.len() as u32 - 1,
-                    layout.offsets[position],
-                ),
-                (Origin::There(pack, offset), _) => {
-                    let known = self.known[index].expect("what is on disk was found by its digest");
-                    (known, pack, offset)
+            let digest = self.found[index].as_ref().map(|found| found.digest);
+            let (digest, place) = match origin {
+                Origin::At(place) => (digest, place.clone()),
+                Origin::New(pack, position) => {
+                    let (number, layout) = (self.new[*pack].number, &self.new[*pack].layout);
+                    let digest = digest.or(written.get(*pack).map(|digests| digests[*position]));
+                    let offset = layout.offsets[*position];
+                    (
+                        Some(digest.unwrap_or(Digest([0; 32]))),
+                        Place::Whole { pack: number, offset },
+                    )
                 }
-                (Origin::New(_), None) => unreachable!("a new storage has a new pack"),
             };
             StorageEntry {
-                digest,
+                digest: digest.expect("what is not written whole was digested first"),
                 length: storages[index].len() as u64,
-                pack,
-                offset,
+                place,
             }
         };
         self.origins.iter().enumerate().map(describe).collect()
@@ -115,7 +173,6 @@ impl Store {
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let plan = self.plan(&commit)?;
-        let count = plan.new.as_ref().map_or(0, |(new, _)| new.len());
         let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
@@ -124,7 +181,7 @@ impl Store {
             life,
             created,
             tree: commit.tree,
-            storages: plan.entries(&commit.storages, &vec![Digest([0; 32]); count]),
+            storages: plan.entries(&commit.storages, &[]),
             packs: plan.packs.clone(),
             identity: commit.identity,
             environment: commit.environment,
@@ -153,20 +210,13 @@ impl Store {
                 return Err(self.with_space(error, needed));
             }
         };
-        self.remember(&manifest.storages, &commit.storages);
-
-        let info = std::sync::Arc::new(CheckpointInfo::new(&self.directory, &name, &manifest));
-        let manifest = std::sync::Arc::new(manifest);
-        let checkpoint = Checkpoint {
-            directory: self.directory.clone(),
-            info,
-            manifest,
-        };
+        self.remember(&manifest.storages, &commit.storages, plan.found);
+        let checkpoint = Checkpoint::new(&self.directory, &name, manifest);
         self.admit(&checkpoint, true);
         Ok(checkpoint)
     }
 
-    /// Puts pack and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.
+    /// Puts packs and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.
     fn publish_all(
         &mut self,
         manifest: &mut Manifest,
@@ -175,28 +225,19 @@ impl Store {
         still: bool,
         made: &mut Vec<String>,
     ) -> Result<String> {
-        if let Some((new, layout)) = &plan.new {
-            let pack = manifest.packs.last().expect("a new pack is the manifest's last");
-            let name = format!("{OBJECTS}/{}", pack.name);
-            let spare = self.spare.take_if(|_| layout.length >= self.tuning.reuse_from);
+        let mut written = Vec::with_capacity(plan.new.len());
+        let largest = plan.new.iter().map(|new| new.layout.length).max();
+        for new in &plan.new {
+            let name = format!("{OBJECTS}/{}", plan.packs[new.number as usize].name);
+            let spare = self
+                .spare
+                .take_if(|_| largest == Some(new.layout.length) && largest >= Some(self.tuning.reuse_from));
             let (temporary, file) = self.open_temporary(spare, made)?;
-            file.reserve(layout.length)?;
-            let regions = layout.order.iter().map(|&at| storages[new[at]]);
-            let digests = pack_writer::write(&file, &layout.header, regions, still, &mut self.buffers)?;
-            let mut written = vec![Digest([0; 32]); new.len()];
-            for (&at, digest) in layout.order.iter().zip(digests) {
-                written[at] = digest;
-                let index = new[at];
-                if plan.known[index].is_some_and(|known| known != digest) {
-                    let leaf = leaf_of(&manifest.tree, index);
-                    return Err(Error::invalid(format!(
-                        "`{leaf}` changed while it was being saved"
-                    )));
-                }
-            }
+            file.reserve(new.layout.length)?;
+            written.push(self.write_pack(&file, new, storages, still, &manifest.tree)?);
             self.publish(&file, &temporary, &name, OBJECTS, made)?;
-            manifest.storages = plan.entries(storages, &written);
         }
+        manifest.storages = plan.entries(storages, &written);
         let (bytes, digest) = manifest::encode(manifest)?;
         let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
         let (temporary, mut file) = self.open_temporary(None, made)?;
@@ -209,6 +250,37 @@ impl Store {
             made,
         )?;
         Ok(name)
+    }
+
+    /// Writes a pack, and returns the digest of each addition's first part: all of it, where it is written whole.
+    fn write_pack(
+        &mut self,
+        file: &File,
+        new: &NewPack,
+        storages: &[&[u8]],
+        still: bool,
+        tree: &Value,
+    ) -> Result<Vec<Digest>> {
+        let in_order = || new.layout.order.iter().map(|&at| (at, &new.additions[at]));
+        let regions = in_order().flat_map(|(_, addition)| {
+            let bytes = storages[addition.storage];
+            addition.parts.iter().map(move |part| &bytes[part.clone()])
+        });
+        let digests = pack_writer::write(file, &new.layout.header, regions, still, &mut self.buffers)?;
+        let mut digests = digests.as_slice();
+        let mut written = vec![Digest([0; 32]); new.additions.len()];
+        for (at, addition) in in_order() {
+            let (found, rest) = digests.split_at(addition.parts.len());
+            digests = rest;
+            written[at] = *found.first().expect("what is added has parts");
+            if addition.digests.as_ref().is_some_and(|known| known != found) {
+                let leaf = leaf_of(tree, addition.storage);
+                return Err(Error::invalid(format!(
+                    "`{leaf}` changed while it was being saved"
+                )));
+            }
+        }
+        Ok(written)
     }
 
     /// Opens a file under a temporary name: the spare one if it can be written over, else a new one.
@@ -246,57 +318,141 @@ impl Store {
 
     /// Decides which storages are on disk already and lays out the rest.
     fn plan(&mut self, commit: &Commit) -> Result<Plan> {
-        let known = self.digest_doubtful(&commit.storages);
-        let mut packs: Vec<PackEntry> = Vec::new();
-        let mut pack_indices: HashMap<String, u32> = HashMap::new();
-        let mut new: Vec<usize> = Vec::new();
-        let mut first: HashMap<(Digest, u64), usize> = HashMap::new();
-        let mut usable: HashMap<String, bool> = HashMap::new();
-        let mut origins = Vec::with_capacity(commit.storages.len());
-        for (index, bytes) in commit.storages.iter().enumerate() {
-            let mut add = || {
-                new.push(index);
-                new.len() - 1
-            };
-            let Some(digest) = known[index] else {
-                origins.push(Origin::New(add()));
-                continue;
-            };
-            let key = (digest, bytes.len() as u64);
-            let Some(place) = self.reusable(&key, &mut usable)? else {
-                origins.push(Origin::New(*first.entry(key).or_insert_with(add)));
-                continue;
-            };
-            let pack = match pack_indices.entry(place.pack.name.clone()) {
-                Slot::Occupied(slot) => *slot.get(),
-                Slot::Vacant(slot) => {
-                    packs.push(place.pack.clone());
-                    *slot.insert(packs.len() as u32 - 1)
-                }
-            };
-            origins.push(Origin::There(pack, place.offset));
+        let storages = &commit.storages;
+        let sparse: Vec<bool> = (0..storages.len())
+            .map(|index| self.is_sparse(index, storages))
+            .collect();
+        let found = self.digest_doubtful(storages);
+        let (fates, renewals) = self.decide(storages, &found)?;
+        let mut used: HashMap<String, u64> = HashMap::new();
+        for (fate, bytes) in fates.iter().zip(storages) {
+            let Fate::There(known) = fate else { continue };
+            for (pack, _, length) in known.place.pieces(bytes.len() as u64) {
+                *used.entry(known.packs[pack as usize].name.clone()).or_default() += length;
+            }
         }
-        let mut layout = None;
-        if !new.is_empty() {
-            let planned = pack::plan(&pack_tensors(&commit.tree, &commit.storages, &new))?;
-            packs.push(PackEntry {
-                name: format!("{}.safetensors", random_name()?),
-                length: planned.length,
-                header_digest: planned.header_digest,
+        let renewals = settle(renewals, &used);
+        let mut renewals: HashMap<usize, Renewal> = renewals
+            .into_iter()
+            .map(|renewal| (renewal.storage, renewal))
+            .collect();
+
+        // What stays for long is not among what is all new each time: its pack would stay, too. The latter comes last,
+        // where a saver in the background looks for it.
+        let mut additions: [Vec<Addition>; 2] = Default::default();
+        for (index, bytes) in storages.iter().enumerate() {
+            if !matches!(fates[index], Fate::New) {
+                continue;
+            }
+            let renewal = renewals.remove(&index);
+            let parts = match &renewal {
+                Some(renewal) => renewal.written(),
+                None => std::iter::once(0..bytes.len()).collect(),
+            };
+            let digests = match (&renewal, &found[index]) {
+                (Some(_), _) => Some(digests_of(&parts, bytes)),
+                (None, found) => found.as_ref().map(|found| vec![found.digest]),
+            };
+            let group = usize::from(renewal.is_none() && !sparse[index]);
+            additions[group].push(Addition {
+                storage: index,
+                parts,
+                digests,
+                renewal,
             });
-            layout = Some((new, planned));
         }
-        Ok(Plan {
-            origins,
-            known,
-            packs,
-            new: layout,
-        })
+        lay_out(commit, found, &fates, additions)
     }
 
-    /// Digests the storages that may be on disk already, or equal to each other. The others are taken for new: they
-    /// changed from the last commit but one to the last and again since, or nothing of their length is anywhere.
-    fn digest_doubtful(&self, storages: &[&[u8]]) -> Vec<Option<Digest>> {
+    /// Decides storage by storage, as if each were alone.
+    fn decide(&mut self, storages: &[&[u8]], found: &[Option<Found>]) -> Result<(Vec<Fate>, Vec<Renewal>)> {
+        let mut first: HashMap<(Digest, u64), usize> = HashMap::new();
+        let mut usable: HashMap<String, bool> = HashMap::new();
+        let (mut fates, mut renewals) = (Vec::with_capacity(storages.len()), Vec::new());
+        for (index, bytes) in storages.iter().enumerate() {
+            let Some(found) = &found[index] else {
+                fates.push(Fate::New);
+                continue;
+            };
+            let key = (found.digest, bytes.len() as u64);
+            if let Some(known) = self.reusable(&key, &mut usable)? {
+                fates.push(Fate::There(known));
+            } else if let Some(&same) = first.get(&key) {
+                fates.push(Fate::Same(same));
+            } else {
+                first.insert(key, index);
+                fates.push(Fate::New);
+                renewals.extend(self.renewal(index, bytes, found, &mut usable)?);
+            }
+        }
+        Ok((fates, renewals))
+    }
+
+    /// Compares a storage with what the last commit had in its place, if that is known by chunks and still there.
+    fn renewal(
+        &mut self,
+        index: usize,
+        bytes: &[u8],
+        found: &Found,
+        usable: &mut HashMap<String, bool>,
+    ) -> Result<Option<Renewal>> {
+        let Some(Habit {
+            digest,
+            length,
+            chunks: Some(before),
+            ..
+        }) = self.habits.get(index).cloned()
+        else {
+            return Ok(None);
+        };
+        let Some(values) = found.chunks.as_ref().filter(|_| length == bytes.len() as u64) else {
+            return Ok(None);
+        };
+        let Some(known) = self.reusable(&(digest, length), usable)? else {
+            return Ok(None);
+        };
+        Ok(Renewal::new(index, bytes.len(), (known, &before), values))
+    }
+
+    /// What the last commit had in a storage's place, where it was as long.
+    fn habit(&self, index: usize, storages: &[&[u8]]) -> Option<&Habit> {
+        let habit = self.habits.get(index)?;
+        (self.habits.len() == storages.len() && habit.length == storages[index].len() as u64).then_some(habit)
+    }
+
+    /// How many of a storage's samples are others than at the last commit.
+    fn changed_windows(&self, index: usize, storages: &[&[u8]]) -> Option<usize> {
+        let before = self.habit(index, storages)?.windows?;
+        let now = Fingerprint::of_windows(storages[index], SAMPLE);
+        Some(
+            before
+                .iter()
+                .zip(&now)
+                .filter(|(before, now)| before != now)
+                .count(),
+        )
+    }
+
+    fn is_large(&self, bytes: &[u8]) -> bool {
+        bytes.len() >= self.tuning.chunks_from
+    }
+
+    /// Whether a large storage seems to change in few places, if it changes.
+    fn is_sparse(&self, index: usize, storages: &[&[u8]]) -> bool {
+        let known = || {
+            self.habit(index, storages)
+                .is_some_and(|habit| habit.chunks.is_some())
+        };
+        self.is_large(storages[index])
+            && self
+                .changed_windows(index, storages)
+                .map_or_else(known, |changed| changed <= WINDOWS / 2)
+    }
+
+    /// Digests the storages that may be on disk already, or equal to each other, or have changed in few places. The
+    /// others are taken for new: they changed from the last commit but one to the last and again since, or nothing of
+    /// their length is anywhere.
+    fn digest_doubtful(&self, storages: &[&[u8]]) -> Vec<Option<Found>> {
         let mut counts: HashMap<u64, usize> = HashMap::new();
         for storage in storages {
             *counts.entry(storage.len() as u64).or_default() += 1;
@@ -304,78 +460,92 @@ impl Store {
         let lengths: HashSet<u64> = self.places.keys().map(|(_, length)| *length).collect();
         let is_new = |index: usize| {
             let length = storages[index].len() as u64;
-            let habit = self
-                .habits
-                .get(index)
-                .filter(|_| self.habits.len() == storages.len());
-            let as_before = habit.is_some_and(|habit| {
-                let differs = || Fingerprint::of_sample(storages[index], SAMPLE) != habit.sample;
-                habit.changes && habit.length == length && differs()
-            });
+            let changes = self.habit(index, storages).is_some_and(|habit| habit.changes);
+            let differs = || {
+                self.changed_windows(index, storages)
+                    .is_some_and(|changed| changed > 0)
+            };
+            let as_before = changes && !self.is_sparse(index, storages) && differs();
             as_before || (counts[&length] == 1 && !lengths.contains(&length))
         };
         let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
-        let regions: Vec<&[u8]> = doubtful.iter().map(|&index| storages[index]).collect();
-        let mut known = vec![None; storages.len()];
-        for (index, digest) in doubtful.into_iter().zip(digest_all(&regions)) {
-            known[index] = Some(digest);
+        let region = |&index: &usize| {
+            let bytes = storages[index];
+            let large = self.is_large(bytes);
+            (bytes, if large { chunk_size(bytes.len()) } else { GROUP })
+        };
+        let regions: Vec<(&[u8], usize)> = doubtful.iter().map(region).collect();
+        let mut found: Vec<Option<Found>> = storages.iter().map(|_| None).collect();
+        for (index, assembly) in doubtful.into_iter().zip(digest_all(&regions)) {
+            found[index] = Some(Found {
+                digest: assembly.finish(),
+                chunks: self
+                    .is_large(storages[index])
+                    .then(|| assembly.into_values().into()),
+            });
         }
-        known
+        found
     }
 
-    /// Takes note of which storages change from one commit to the next and are equal to no other.
-    fn remember(&mut self, storages: &[StorageEntry], bytes: &[&[u8]]) {
+    /// Takes note of which storages change from one commit to the next, and how, and are equal to no other.
+    fn remember(&mut self, storages: &[StorageEntry], bytes: &[&[u8]], found: Vec<Option<Found>>) {
         let mut counts: HashMap<&Digest, usize> = HashMap::new();
         for storage in storages {
             *counts.entry(&storage.digest).or_default() += 1;
         }
-        let before = std::mem::take(&mut self.habits);
-        let habit = |(index, storage): (usize, &StorageEntry)| {
+        let habit = |((index, storage), found): ((usize, &StorageEntry), Option<Found>)| {
             let there = self.places.contains_key(&(storage.digest, storage.length));
-            let old = before.get(index).filter(|_| before.len() == storages.len());
+            let old = self.habit(index, bytes);
+            let unknown = old.is_none_or(|old| old.windows.is_none());
+            let kept = unknown || self.is_sparse(index, bytes);
             Habit {
+                digest: storage.digest,
                 length: storage.length,
-                sample: Fingerprint::of_sample(bytes[index], SAMPLE),
-                changes: counts[&storage.digest] == 1
-                    && !there
-                    && old.is_some_and(|old| old.length == storage.length),
+                changes: counts[&storage.digest] == 1 && !there && old.is_some(),
+                windows: Some(Fingerprint::of_windows(bytes[index], SAMPLE)),
+                chunks: found.and_then(|found| found.chunks).filter(|_| kept),
             }
         };
-        self.habits = storages.iter().enumerate().map(habit).collect();
+        self.habits = storages.iter().enumerate().zip(found).map(habit).collect();
+        self.places.retain(|_, known| known.place.whole().is_some()); // Older ones' pieces.
     }
 
     /// Where equal bytes are that can be relied on. What this process never read is read first.
-    fn reusable(&mut self, key: &(Digest, u64), usable: &mut HashMap<String, bool>) -> Result<Option<Place>> {
-        let Some(place) = self.places.get(key) else {
+    fn reusable(&mut self, key: &(Digest, u64), usable: &mut HashMap<String, bool>) -> Result<Option<Known>> {
+        let Some(known) = self.places.get(key) else {
             return Ok(None);
         };
-        let pack = place.pack.clone();
         let whole = |outcome: Result<bool>| match outcome {
             Err(error) if is_damage(&error) => Ok(false),
             outcome => outcome,
         };
-        let there = match usable.get(&pack.name) {
-            Some(there) => *there,
-            None => whole(open_pack(&self.directory, &pack).map(|_| true))?,
-        };
-        usable.insert(pack.name.clone(), there);
-        let sound = there
-            && (place.verified
-                || whole(
-                    open_pack(&self.directory, &pack)
-                        .and_then(|source| digest_on_disk(&source, place.offset, key.1))
-                        .map(|found| found == key.0),
-                )?);
+        let mut sound = true;
+        for pack in &known.packs {
+            let there = match usable.get(&pack.name) {
+                Some(there) => *there,
+                None => whole(open_pack(&self.directory, pack).map(|_| true))?,
+            };
+            usable.insert(pack.name.clone(), there);
+            sound = sound && there;
+        }
+        if sound && !known.verified {
+            let entry = StorageEntry {
+                digest: key.0,
+                length: key.1,
+                place: known.place.clone(),
+            };
+            sound = whole(is_there(&self.directory, &known.packs, &entry))?;
+        }
         if !sound {
             self.places.remove(key);
             return Ok(None);
         }
-        let place = self
+        let known = self
             .places
             .get_mut(key)
             .expect("the place was there a moment ago");
-        place.verified = true;
-        Ok(Some(place.clone()))
+        known.verified = true;
+        Ok(Some(known.clone()))
     }
 
     /// Refuses what cannot fit before any of it is written. That it fits now promises nothing.
@@ -432,4 +602,75 @@ impl Store {
             stuck
         });
     }
+}
+
+/// Lays the new packs out, and says where everything is then.
+fn lay_out(
+    commit: &Commit,
+    found: Vec<Option<Found>>,
+    fates: &[Fate],
+    additions: [Vec<Addition>; 2],
+) -> Result<Plan> {
+    let mut packs = Packs::default();
+    let mut origins: Vec<Option<Origin>> = fates
+        .iter()
+        .map(|fate| match fate {
+            Fate::There(known) => {
+                let number = |pack: u32| packs.number(&known.packs[pack as usize]);
+                Some(Origin::At(known.place.with_packs(number)))
+            }
+            Fate::Same(_) | Fate::New => None,
+        })
+        .collect();
+    let renewals = additions
+        .iter()
+        .flatten()
+        .filter_map(|addition| addition.renewal.as_ref());
+    for pack in renewals.flat_map(Renewal::kept_in) {
+        packs.number(pack);
+    }
+    let mut new: Vec<NewPack> = Vec::new();
+    for additions in additions.into_iter().filter(|additions| !additions.is_empty()) {
+        let shown: Vec<(usize, Option<u64>)> = additions
+            .iter()
+            .map(|addition| {
+                let bytes = || addition.parts.iter().map(|part| part.len() as u64).sum();
+                (addition.storage, addition.renewal.as_ref().map(|_| bytes()))
+            })
+            .collect();
+        let layout = pack::plan(&pack_tensors(&commit.tree, &commit.storages, &shown))?;
+        let number = packs.number(&PackEntry {
+            name: format!("{}.safetensors", random_name()?),
+            length: layout.length,
+            header_digest: layout.header_digest,
+        });
+        for (position, addition) in additions.iter().enumerate() {
+            origins[addition.storage] = Some(match &addition.renewal {
+                None => Origin::New(new.len(), position),
+                Some(renewal) => {
+                    let offset = layout.offsets[position];
+                    Origin::At(renewal.place(number, offset, |pack| packs.number(pack)))
+                }
+            });
+        }
+        new.push(NewPack {
+            number,
+            layout,
+            additions,
+        });
+    }
+    for (index, fate) in fates.iter().enumerate() {
+        if let Fate::Same(other) = fate {
+            origins[index] = origins[*other].clone();
+        }
+    }
+    Ok(Plan {
+        found,
+        origins: origins
+            .into_iter()
+            .map(|origin| origin.expect("every storage is somewhere"))
+            .collect(),
+        packs: packs.entries,
+        new,
+    })
 }

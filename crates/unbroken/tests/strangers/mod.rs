@@ -10,14 +10,17 @@ use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
 use unbroken::certificate::Certificate;
-use unbroken::digest::{Digest, Hasher};
+use unbroken::digest::{Assembly, Digest, Hasher};
 use unbroken::format::journal::{self, Component, Record, SegmentHeader, SegmentReader};
-use unbroken::format::manifest::{self, Manifest, PackEntry, StorageEntry};
+use unbroken::format::manifest::{self, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry};
 use unbroken::format::{pack, value};
 use unbroken::run::{Options, Run};
 use unbroken::state::{Tensor, Value};
 use unbroken::storage::Storage;
 use unbroken::storage::memory::MemoryStorage;
+
+/// Bytes of a chunk of a storage in pieces.
+const CHUNK: u64 = 4096;
 
 /// Any value, also ones that the format refuses.
 pub fn any_value(bytes: &mut Unstructured, depth: usize) -> Result<Value> {
@@ -114,14 +117,46 @@ pub fn values(bytes: &[u8]) {
 }
 
 /// A manifest around any payload, whole.
-pub fn seal_manifest(payload: &[u8]) -> Vec<u8> {
+pub fn seal_manifest(version: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = b"UNBRKMAN".to_vec();
-    bytes.extend(1u32.to_le_bytes());
+    bytes.extend(version.to_le_bytes());
     bytes.extend((payload.len() as u64).to_le_bytes());
     bytes.extend(payload);
     let digest = Digest::of(&bytes);
     bytes.extend(digest.0);
     bytes
+}
+
+/// In one piece, or in some, of which many could be.
+fn any_place(bytes: &mut Unstructured) -> Result<Place> {
+    if bytes.ratio(1, 2)? {
+        return Ok(Place::Whole {
+            pack: bytes.int_in_range(0..=3)?,
+            offset: any_size(bytes)?,
+        });
+    }
+    let (sources, pieces) = (bytes.int_in_range(0..=3)?, bytes.int_in_range(0..=4)?);
+    let chunk = *bytes.choose(&[4096, 8192, 65536, 0, 12_288, u64::MAX])?;
+    Ok(Place::Pieces(Pieces {
+        chunk,
+        sources: (0..sources)
+            .map(|_: u8| {
+                Ok(Source {
+                    pack: bytes.int_in_range(0..=3)?,
+                    check: Digest(bytes.arbitrary()?),
+                })
+            })
+            .collect::<Result<_>>()?,
+        pieces: (0..pieces)
+            .map(|_: u8| {
+                Ok(Piece {
+                    source: bytes.int_in_range(0..=3)?,
+                    offset: any_size(bytes)?,
+                    length: chunk.wrapping_mul(bytes.int_in_range(0..=3)?),
+                })
+            })
+            .collect::<Result<_>>()?,
+    }))
 }
 
 fn any_manifest(bytes: &mut Unstructured) -> Result<Manifest> {
@@ -143,8 +178,7 @@ fn any_manifest(bytes: &mut Unstructured) -> Result<Manifest> {
         Ok(StorageEntry {
             digest: digest(bytes)?,
             length: any_size(bytes)?,
-            pack: bytes.int_in_range(0..=3)?,
-            offset: any_size(bytes)?,
+            place: any_place(bytes)?,
         })
     });
     let storages = storages.collect::<Result<_>>()?;
@@ -176,7 +210,8 @@ pub fn manifests(bytes: &[u8]) {
         }
     };
     again(bytes);
-    again(&seal_manifest(bytes));
+    again(&seal_manifest(1, bytes));
+    again(&seal_manifest(2, bytes));
     if let Ok(any) = any_manifest(&mut Unstructured::new(bytes))
         && let Ok((encoded, _)) = manifest::encode(&any)
     {
@@ -354,7 +389,7 @@ fn put_any(storage: &MemoryStorage, bytes: &mut Unstructured, number: u32) -> Re
     match sort {
         0 => storage.put("run.toml", bytes.bytes(length)?.to_vec()),
         1 => {
-            let sealed = seal_manifest(bytes.bytes(length)?);
+            let sealed = seal_manifest(bytes.int_in_range(1..=2)?, bytes.bytes(length)?);
             put_manifest(storage, sealed, number);
         }
         2 => {
@@ -408,23 +443,59 @@ fn put_manifest(storage: &MemoryStorage, sealed: Vec<u8>, number: u32) {
 
 /// A checkpoint with a pack that fits it, so that it is taken; what its tree says of the storage is the stranger's.
 fn put_whole(storage: &MemoryStorage, bytes: &mut Unstructured, number: u32) -> Result<()> {
-    let content: Vec<u8> = bytes.arbitrary()?;
+    let in_pieces = bytes.ratio(1, 3)?;
+    let mut content: Vec<u8> = bytes.arbitrary()?;
+    if in_pieces {
+        content.resize(3 * CHUNK as usize - 7, 1);
+    }
     let tensor = pack::describe("weight".to_owned(), content.len() as u64, None);
     let layout = pack::plan(&[tensor]).expect("one plain tensor can be laid out");
     let name = format!("{:032x}.safetensors", 16 + number);
     let offset = layout.offsets[0];
+    let mut entry = StorageEntry {
+        digest: Digest::of(&content),
+        length: content.len() as u64,
+        place: Place::Whole { pack: 0, offset },
+    };
+    if in_pieces {
+        // The storage's second and first chunk, in the pack the other way round, and the rest, or almost so.
+        let assembly = Assembly::of_groups(entry.length, CHUNK as usize);
+        let mut storage = content.clone();
+        let (first, second) = storage[..2 * CHUNK as usize].split_at_mut(CHUNK as usize);
+        first.swap_with_slice(second);
+        assembly.put(0, &storage);
+        let last = entry.length - 2 * CHUNK;
+        let piece = |at: u64, length| Piece {
+            source: 0,
+            offset: offset + at * CHUNK,
+            length,
+        };
+        let mut pieces = vec![piece(1, CHUNK), piece(0, CHUNK), piece(2, last)];
+        match bytes.int_in_range(0..=5)? {
+            0 => pieces[1].offset = any_size(bytes)?,
+            1 => pieces[2].length = any_size(bytes)?,
+            2 => pieces[0].offset = pieces[1].offset,
+            _ => {}
+        }
+        let check = assembly.digest_of_values(std::iter::once(0..3));
+        entry.digest = if bytes.ratio(1, 8)? {
+            check
+        } else {
+            assembly.finish()
+        };
+        entry.place = Place::Pieces(Pieces {
+            chunk: CHUNK,
+            sources: vec![Source { pack: 0, check }],
+            pieces,
+        });
+    }
     let any = Manifest {
         packs: vec![PackEntry {
             name: name.clone(),
             length: layout.length,
             header_digest: layout.header_digest,
         }],
-        storages: vec![StorageEntry {
-            digest: Digest::of(&content),
-            length: content.len() as u64,
-            pack: 0,
-            offset,
-        }],
+        storages: vec![entry],
         ..any_manifest(bytes)?
     };
     if let Ok((sealed, _)) = manifest::encode(&any) {

@@ -23,6 +23,7 @@ pub const SMALL: Tuning = Tuning {
     piece: GROUP,
     workers: 1,
     reuse_from: 0,
+    chunks_from: 16 << 10,
 };
 
 /// A tensor of float32 over one whole storage.

@@ -1,0 +1,412 @@
+//! Storages in pieces: large ones that change in few places, through failing disks, power cuts, damage and repair.
+//!
+//! Touches: memory; temporary directories for repair.
+
+mod disks;
+mod world;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use disks::{Disk, Effort, Found};
+use unbroken::error::{Error, Result};
+use unbroken::fork::{Sharing, fork};
+use unbroken::format::manifest::Place;
+use unbroken::repair::{Action, repair};
+use unbroken::run::{self, Options, Run};
+use unbroken::state::Value;
+use unbroken::storage::Storage;
+use unbroken::storage::disk::DiskStorage;
+use unbroken::storage::faulty::{Fault, FaultyStorage};
+use unbroken::storage::memory::{Leftovers, MemoryStorage};
+use unbroken::store::{Checkpoint, CheckpointInfo, Commit, Retention};
+use world::{components, files_in, leaf, open, resumed_step, shared};
+
+const CHUNK: usize = 8 << 10;
+/// Five chunks and a bit.
+const TABLE: usize = 5 * CHUNK + 100;
+
+/// Two tables, of which each step changes 64 bytes in one chunk and in two of the six, and a leaf that changes all over.
+fn storages(step: u64) -> Vec<Vec<u8>> {
+    let table = |factor: u64| {
+        let mut bytes: Vec<u8> = (0..TABLE as u32)
+            .map(|index| (index / 3 * factor as u32) as u8)
+            .collect();
+        for (chunk, bytes) in bytes.chunks_mut(CHUNK).enumerate() {
+            let changes =
+                |at: &u64| at * factor % 6 == chunk as u64 || (factor == 5 && at % 6 == chunk as u64);
+            let changed = (1..=step).filter(changes).count();
+            let touched = bytes.len().min(64);
+            bytes[..touched]
+                .iter_mut()
+                .for_each(|byte| *byte ^= changed as u8);
+        }
+        bytes
+    };
+    let dense = (0..600u64).map(|index| (index * 7 + step * 13) as u8).collect();
+    vec![table(1), table(5), dense]
+}
+
+fn tree(step: u64) -> Value {
+    let text = |text: &str| Value::Str(text.to_owned());
+    Value::Dict(vec![
+        (text("embedding"), leaf(0, TABLE as u64 / 4)),
+        (text("moment"), leaf(1, TABLE as u64 / 4)),
+        (text("model"), leaf(2, 150)),
+        (text("step"), Value::Int(step as i64)),
+    ])
+}
+
+fn commit(run: &Run, step: u64) -> Result<CheckpointInfo> {
+    let storages = storages(step);
+    run.commit(Commit {
+        step,
+        phase: 0,
+        tree: tree(step),
+        storages: storages.iter().map(Vec::as_slice).collect(),
+        identity: Vec::new(),
+        environment: Vec::new(),
+        metrics: Vec::new(),
+        pinned: false,
+    })
+}
+
+fn train(run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
+    for step in steps {
+        if step > 0 {
+            run.record(step, 0, 0, step, components(step))?;
+        }
+        commit(run, step)?;
+    }
+    Ok(())
+}
+
+fn exact(checkpoint: &Checkpoint) -> std::result::Result<(), String> {
+    let step = checkpoint.info().step;
+    let expected = storages(step);
+    let mut together: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![1; bytes.len()]).collect();
+    let targets = together.iter_mut().map(Vec::as_mut_slice).enumerate().collect();
+    let told = |error: Error| format!("step {step}: {error}");
+    checkpoint.read_into(targets).map_err(told)?;
+    for (index, bytes) in expected.iter().enumerate() {
+        if &checkpoint.read(index).map_err(told)? != bytes || &together[index] != bytes {
+            return Err(format!("storage {index} of step {step} has other bytes"));
+        }
+    }
+    (checkpoint.tree() == &tree(step))
+        .then_some(())
+        .ok_or_else(|| format!("step {step} has another tree"))
+}
+
+fn in_pieces(checkpoint: &Checkpoint) -> bool {
+    let storages = &checkpoint.manifest().storages;
+    storages[..2]
+        .iter()
+        .all(|storage| matches!(storage.place, Place::Pieces(_)))
+}
+
+/// A run with checkpoints at steps 0 to `last`, closed; the newest ones are in pieces.
+fn run_with(storage: &Arc<dyn Storage>, last: u64) {
+    let run = open(storage).unwrap();
+    run.begin().unwrap();
+    train(&run, 0..=last).unwrap();
+    run.close().unwrap();
+}
+
+fn in_memory(last: u64) -> MemoryStorage {
+    let memory = MemoryStorage::new();
+    run_with(&shared(&memory), last);
+    memory
+}
+
+fn newest_two() -> Retention {
+    Retention {
+        last: Some(2),
+        ..Retention::default()
+    }
+}
+
+#[test]
+fn what_was_saved_in_pieces_is_read_back_whole_in_every_life_and_whatever_else_is_deleted() {
+    let memory = MemoryStorage::new();
+    let mut pieced = 0;
+    for life in 0..6 {
+        let run = open(&shared(&memory)).unwrap();
+        assert!(run.warnings().is_empty() && run.rejected().is_empty());
+        assert_eq!(resumed_step(&run), (life * 5u64).checked_sub(1));
+        run.begin().unwrap();
+        for step in life * 5..life * 5 + 5 {
+            train(&run, step..=step).unwrap();
+            if life > 1 {
+                run.prune(&newest_two(), false).unwrap();
+            }
+            for info in run.checkpoints() {
+                let checkpoint = run.checkpoint(&info.name).unwrap();
+                exact(&checkpoint).unwrap();
+                checkpoint.verify().unwrap();
+                pieced += usize::from(in_pieces(&checkpoint) && info.step == step);
+            }
+            let named = run.checkpoints().into_iter().flat_map(|info| {
+                let checkpoint = run.checkpoint(&info.name).unwrap();
+                checkpoint
+                    .manifest()
+                    .packs
+                    .iter()
+                    .map(|pack| pack.name.clone())
+                    .collect::<Vec<_>>()
+            });
+            let named: std::collections::BTreeSet<String> = named.collect();
+            assert_eq!(
+                files_in(&memory, "objects").into_keys().collect::<Vec<_>>(),
+                Vec::from_iter(named)
+            );
+        }
+        run.close().unwrap();
+    }
+    assert!(pieced > 20, "only {pieced} saves were in pieces");
+}
+
+#[test]
+fn what_a_checkpoint_in_pieces_added_and_what_it_has_are_told_as_they_are() {
+    let memory = in_memory(4);
+    let run = open(&shared(&memory)).unwrap();
+    let info = run.resumed_from().unwrap().info().clone();
+    assert_eq!(info.size_bytes, (2 * TABLE + 600) as u64);
+    let packs: u64 = files_in(&memory, "objects")
+        .values()
+        .map(|bytes| bytes.len() as u64)
+        .sum();
+    let added: u64 = run.checkpoints().iter().map(|info| info.new_bytes).sum();
+    assert_eq!(added, packs);
+    // Three chunks, the leaf, two headers.
+    let new = info.new_bytes as usize;
+    assert!((3 * CHUNK + 600..3 * CHUNK + 600 + 1500).contains(&new), "{new}");
+}
+
+#[test]
+fn an_operation_of_a_commit_in_pieces_that_fails_once_costs_that_commit_only() {
+    for fault in [Fault::Device, Fault::TooManyFiles, Fault::ShortWrite] {
+        for index in 0.. {
+            let memory = MemoryStorage::new();
+            let faulty = FaultyStorage::new(shared(&memory));
+            let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+            run.begin().unwrap();
+            train(&run, 0..=3).unwrap();
+            run.record(4, 0, 0, 4, components(4)).unwrap();
+            faulty.fail_at(index, fault);
+            let outcome = commit(&run, 4);
+            let operations = faulty.operations();
+            faulty.heal();
+            let story = format!("{fault:?} at operation {index} of {operations:?}");
+            if outcome.is_err() {
+                let other = open(&shared(&memory.fork())).unwrap();
+                assert_eq!(resumed_step(&other), Some(3), "{story}");
+                assert!(other.rejected().is_empty(), "{story}: {:?}", other.rejected());
+                commit(&run, 4).unwrap_or_else(|error| panic!("{story}: {error}"));
+            }
+            assert!(files_in(&memory, "tmp").is_empty(), "{story}");
+            let memory = memory.after_power_cut(Leftovers::Nothing);
+            let run = open(&shared(&memory)).unwrap();
+            let newest = run.resumed_from().unwrap();
+            assert_eq!(newest.info().step, 4, "{story}");
+            exact(newest).unwrap();
+            if operations.len() <= index {
+                assert!(outcome.is_ok() && index > 15, "{story}");
+                break;
+            }
+        }
+    }
+}
+
+/// What must hold of any disk: it opens, and everything that it offers is whole; nothing acknowledged is missing.
+fn check(disk: &MemoryStorage, acknowledged: &Option<u64>) -> std::result::Result<(), String> {
+    let run = open(&shared(disk)).map_err(|error| error.to_string())?;
+    if let Some((name, why)) = run.rejected().first() {
+        return Err(format!("{name} is offered and not whole: {why}"));
+    }
+    let step = resumed_step(&run);
+    if step < *acknowledged {
+        return Err(format!(
+            "resumed from {step:?}, {acknowledged:?} was acknowledged"
+        ));
+    }
+    for info in run.checkpoints() {
+        exact(&run.checkpoint(&info.name).map_err(|error| error.to_string())?)?;
+    }
+    run.begin().map_err(|error| error.to_string())?;
+    let next = step.map_or(0, |step| step + 1);
+    train(&run, next..=next).map_err(|error| error.to_string())?;
+    exact(
+        &run.checkpoint(&run.checkpoints().last().expect("one was just made").name)
+            .expect("and is there"),
+    )
+}
+
+#[test]
+fn a_power_cut_at_any_instant_of_saves_in_pieces_and_prunes_leaves_what_was_acknowledged() {
+    let memory = in_memory(4);
+    let base = Disk::of(&memory);
+    memory.record();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    let mut acknowledged = vec![(0, 4)];
+    for step in 5..=5 {
+        train(&run, step..=step).unwrap();
+        acknowledged.push((memory.history().len(), step));
+        run.prune(&newest_two(), false).unwrap();
+    }
+    let newest = run.checkpoints().last().unwrap().name.clone();
+    assert!(in_pieces(&run.checkpoint(&newest).unwrap()));
+    let effort = Effort {
+        all_up_to: 1 << 8,
+        drawn: 20,
+        seed: 1,
+    };
+    let demands = |done: usize| {
+        let before = acknowledged.iter().rev().find(|(at, _)| *at <= done);
+        before.map(|(_, step)| *step)
+    };
+    let mut found = Found::default();
+    found.explore(&base, &memory.history(), 0, effort, demands, check);
+    println!("{} different disks were opened", found.states);
+    let violations = &found.violations;
+    assert!(
+        violations.is_empty(),
+        "{} of {} disks, such as:\n{}",
+        violations.len(),
+        found.states,
+        violations[0]
+    );
+    assert!(found.states >= 200, "only {} disks were opened", found.states);
+}
+
+#[test]
+fn damage_anywhere_in_a_checkpoint_in_pieces_is_found_and_named_by_file_and_leaf() {
+    let memory = in_memory(6);
+    let run = open(&shared(&memory)).unwrap();
+    let name = run.resumed_from().unwrap().info().name.clone();
+    let checkpoint = run.checkpoint(&name).unwrap();
+    drop(run);
+    let names = ["embedding", "moment", "model"];
+    let (mut found, mut unused, mut sources) = (0, 0, 0);
+    for (number, pack) in checkpoint.manifest().packs.iter().enumerate() {
+        let file = format!("objects/{}", pack.name);
+        let bytes = memory.files()[&file].clone();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
+        sources += 1;
+        for at in (header..pack.length).step_by(509) {
+            let mut damaged = bytes.clone();
+            damaged[at as usize] ^= 4;
+            memory.put(&file, damaged);
+            let hit = checkpoint.manifest().storages.iter().position(|entry| {
+                let mut places = entry.place.pieces(entry.length).into_iter();
+                places.any(|(pack, offset, length)| {
+                    pack as usize == number && (offset..offset + length).contains(&at)
+                })
+            });
+            match (hit, checkpoint.verify()) {
+                (None, Ok(())) => unused += 1,
+                (Some(index), Err(Error::Damaged { path, part, .. })) => {
+                    assert!(
+                        path.ends_with(&pack.name),
+                        "byte {at} of {file}: {}",
+                        path.display()
+                    );
+                    assert_eq!(part, names[index], "byte {at} of {file}");
+                    assert!(checkpoint.read(index).is_err());
+                    found += 1;
+                }
+                (hit, outcome) => panic!("byte {at} of {file}: {hit:?}, {outcome:?}"),
+            }
+        }
+        memory.put(&file, bytes);
+    }
+    checkpoint.verify().unwrap();
+    assert!(
+        found > 150 && unused > 20 && sources > 4,
+        "{found}, {unused}, {sources}"
+    );
+}
+
+fn on_disk(place: &Path, last: u64) -> PathBuf {
+    let path = place.join("a");
+    fs::create_dir_all(&path).unwrap();
+    run_with(
+        &(Arc::new(DiskStorage::open(&path).unwrap()) as Arc<dyn Storage>),
+        last,
+    );
+    path
+}
+
+fn resumed(path: &Path) -> u64 {
+    let run = Run::open(path, &Options::default()).unwrap();
+    let checkpoint = run.resumed_from().unwrap();
+    exact(checkpoint).unwrap();
+    checkpoint.info().step
+}
+
+/// Damages the pack that has most of step 7's first table, in a chunk that step 7 has in it and step 8 does not, and
+/// returns its path.
+fn damage(path: &Path) -> PathBuf {
+    let checkpoints = run::read_run(path).unwrap().checkpoints;
+    let places = |step: usize| {
+        let manifest = checkpoints[step].manifest();
+        let entry = &manifest.storages[0];
+        let pieces = entry.place.pieces(entry.length).into_iter();
+        let named = pieces.flat_map(|(pack, offset, length)| {
+            let name = manifest.packs[pack as usize].name.clone();
+            (0..length)
+                .step_by(CHUNK)
+                .map(move |start| (name.clone(), offset + start))
+        });
+        named.collect::<Vec<_>>()
+    };
+    let (before, after) = (places(7), places(8));
+    let (pack, offset) = before
+        .into_iter()
+        .find(|place| !after.contains(place))
+        .expect("step 8 changed a chunk");
+    let file = path.join("objects").join(pack);
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[offset as usize] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    file
+}
+
+#[test]
+fn a_repair_puts_aside_what_needs_a_damaged_chunk_and_nothing_else() {
+    let place = tempfile::tempdir().unwrap();
+    let path = on_disk(place.path(), 8);
+    let pack = damage(&path);
+    let done = repair(&path, &[]).unwrap();
+    let lost: Vec<&str> = done.lost.iter().map(|(name, _)| &name[6..9]).collect();
+    assert!(lost.contains(&"007") && !lost.contains(&"008"), "{:?}", done.lost);
+    let said = &done.lost[0].1;
+    let stem = pack.file_name().unwrap().to_str().unwrap();
+    assert!(said.contains(stem) && said.contains("\"embedding\""), "{said}");
+    assert_eq!(resumed(&path), 8);
+    let after = repair(&path, &[]).unwrap();
+    assert!(after.is_whole() && after.actions.is_empty(), "{after:?}");
+}
+
+#[test]
+fn a_repair_finds_a_whole_pack_of_pieces_in_a_copy_and_a_fork_is_one() {
+    let place = tempfile::tempdir().unwrap();
+    let path = on_disk(place.path(), 8);
+    let other = place.path().join("b");
+    let forked = fork(
+        &run::read_run(&path).unwrap().checkpoints[7],
+        &other,
+        Sharing::Copies,
+    )
+    .unwrap();
+    assert_eq!(forked.shared_bytes, 0);
+    assert_eq!(resumed(&other), 7);
+    damage(&path);
+    let done = repair(&path, std::slice::from_ref(&other)).unwrap();
+    let restored = |action: &&Action| matches!(action, Action::Restore { .. });
+    assert_eq!(done.actions.iter().filter(restored).count(), 1);
+    assert_eq!((done.whole.len(), done.lost.len()), (9, 0));
+    assert_eq!(resumed(&path), 8);
+}
