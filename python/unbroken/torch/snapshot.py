@@ -328,8 +328,9 @@ def _plan_container(restorer: Restorer, name: str, item: Any, value: Value) -> C
 
 def raise_plain(value: Value, checkpoint: Checkpoint, *, path: str, loader: Loader | None = None) -> Any:
     """Return plain values that `capture` lowered along with the objects; tensors as copies on the CPU."""
-    loader = (loader or Loader(checkpoint)).copied(value)
-    return values.raise_(value, path=path, extend=tensors.extend_raise(loader))
+    with tensors.uncollected():
+        loader = (loader or Loader(checkpoint)).copied(value)
+        return values.raise_(value, path=path, extend=tensors.extend_raise(loader))
 
 
 # Identity.
@@ -342,6 +343,11 @@ def identity(objects: Mapping[str, object]) -> dict[str, Value]:
     (functions by name and code), scaler settings. Two runs of one program give equal ones; a difference can be named
     by its key.
     """
+    with tensors.uncollected():
+        return _identity(objects)
+
+
+def _identity(objects: Mapping[str, object]) -> dict[str, Value]:
     names = names_of(objects)
     found: dict[str, Value] = {}
     for name, item in objects.items():

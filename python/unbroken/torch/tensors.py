@@ -383,11 +383,12 @@ class Loader:
 
     Args:
         checkpoint: What to read from.
+        lengths: Bytes of each of its storages, where somebody has them already.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, lengths: list[int] | None = None) -> None:
         self._checkpoint = checkpoint
-        self._lengths = [length for length, _ in checkpoint.storages]
+        self._lengths = [length for length, _ in checkpoint.storages] if lengths is None else lengths
         self._memory: dict[int, torch.Tensor] = {}
         # Storages whose memory was made as the one tensor that it is, and that tensor's look.
         self._looks: dict[int, _Look] = {}
@@ -443,7 +444,7 @@ class Loader:
     def copied(self, tree: Value) -> Loader:
         """Return a loader with copies of the storages that a tree refers to."""
         self.prepare(tree)
-        other = Loader(self._checkpoint)
+        other = Loader(self._checkpoint, self._lengths)
         copies = other.lend(tree)
         # As bytes: torch's own copy of a bool makes it 0 or 1.
         _core.copy_memory([(self._memory[index].data_ptr(), to, length) for index, to, length in copies])
