@@ -18,7 +18,7 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copyreg import _slotnames  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,10 @@ class Names:
         found = self._names.get(id(item))
         return found[1] if found is not None and found[0] == kind else None
 
-    def __contains__(self, item: object) -> bool:
-        return id(item) in self._names
+    @property
+    def identities(self) -> Collection[int]:
+        """Return `id` of each object that has a name, those named from now on included."""
+        return self._names.keys()
 
     def reference(self, item: object) -> Object | None:
         """Return what stands for a named object in a tree, or None."""
@@ -173,6 +175,8 @@ class Capture:
     def __init__(self, names: Names, storages: Storages) -> None:
         self.names = names
         self.storages = storages
+        # Bound once, for what is asked of thousands of tensors.
+        self._named, self._usual_alone = names.identities, storages.usual_alone
         self._seen: dict[int, tuple[str, Any]] = {}
 
     def lower(self, value: Any, path: str) -> Value:
@@ -187,7 +191,7 @@ class Capture:
 
     def usual(self, value: torch.Tensor) -> Leaf | None:
         """Return what `lower` gives for a tensor that nobody else has and that is all of its storage; else None."""
-        return None if value in self.names else self.storages.usual_alone(value)
+        return None if id(value) in self._named else self._usual_alone(value)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
         """Return an object's attributes lowered, by name; code is noted as such."""

@@ -98,10 +98,11 @@ def _lower_state(capture: Capture, state: Any, path: str) -> Value:
     if type(state) is not dict:
         return capture.lower(state, path)
     lowered: dict[Value, Value] = {}
+    usual = capture.usual
     for key, value in state.items():
         # Nearly all are tensors under plain names: their paths are not needed.
         name = key if type(key) is str and key.isascii() else capture.lower(key, path)
-        leaf = capture.usual(value) if type(value) is torch.Tensor else None
+        leaf = usual(value) if type(value) is torch.Tensor else None
         lowered[name] = capture.lower(value, values.join_path(path, key)) if leaf is None else leaf
     return lowered
 
