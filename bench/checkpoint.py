@@ -1,7 +1,7 @@
 """What saving a state costs, beside other ways to do it: stall, time to durable, memory, steps.
 
-    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--rounds N] [--pairs N] [--only NAME ...]
-                                                 [--intervals N ...] [--directory DIR]
+    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--tensors N ...] [--rounds N] [--pairs N]
+                                                 [--only NAME ...] [--intervals N ...] [--directory DIR]
 
 The state is a model's parameters and an optimizer's momentum, half the bytes each, in few large tensors or in thousands
 of small ones. Each contender takes turns with the bound, which is the least that this memory and this disk allow: a
@@ -53,7 +53,6 @@ from unbroken.torch import snapshot
 from unbroken.torch.fence import Owned
 
 PIECE = 8 << 20
-FEW, MANY = 8, 4000
 WARM_UPS = 3
 """Rounds that make files and memory, which the others use again."""
 
@@ -316,13 +315,15 @@ def timed(contender: Contender, figure: str) -> Iterator[None]:
     contender.figures.setdefault(figure, []).append(time.perf_counter() - begun)
 
 
-def measure_states(sizes: list[int], names: list[str], rounds: int, directory: Path) -> None:
+def measure_states(
+    sizes: list[int], counts: list[int], names: list[str], rounds: int, directory: Path
+) -> None:
     for megabytes in sizes:
-        for tensors in (FEW, MANY):
-            print(f"\n{megabytes} MB in {2 * tensors} tensors")
+        for count in counts:
+            print(f"\n{megabytes} MB in {count} tensors")
             print(f"{'':21}{'seconds: stall':>14}{'durable':>8}{'after':>7}{'extra MB':>9}   ", end="")
             print(f"{'stall / copy':>20}{'durable / write':>20}{'/ copy and write':>20}")
-            state = State.of(megabytes, tensors)
+            state = State.of(megabytes, count // 2)
             for name in names:
                 place = Path(tempfile.mkdtemp(dir=directory))
                 bound, contender = Bound(place), make(name, place, deletes=False)
@@ -463,6 +464,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000], help="megabytes of state")
+    parser.add_argument("--tensors", type=int, nargs="*", default=[16, 8000], help="how many they are")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--pairs", type=int, default=5, help="of stretches of the training loop; 0 leaves it out"
@@ -481,7 +483,7 @@ def main() -> int:
     if "moonclip" in names and importlib.util.find_spec("moonclip") is None:
         names.remove("moonclip")
         print("Moonclip is left out: it is not installed (pip install moonclip==0.3.1)")
-    measure_states(arguments.sizes, names, arguments.rounds, arguments.directory)
+    measure_states(arguments.sizes, arguments.tensors, names, arguments.rounds, arguments.directory)
     if arguments.pairs:
         measure_loop(names, arguments.intervals, arguments.pairs, arguments.directory)
     return 0
