@@ -78,7 +78,8 @@ class State:
 
     def step(self) -> None:
         for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, 0.1)
+            # Of each parameter its own: equal tensors would be written once.
+            parameter.grad = parameter.detach().clone()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
