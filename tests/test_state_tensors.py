@@ -536,3 +536,14 @@ def test_a_storage_counts_as_large_by_what_it_is_and_not_by_what_is_seen_of_it()
         [large[:2], small, large.view(torch.complex64), torch.zeros(9, 9).to_sparse()], 4000
     )
     assert [(address, length) for _, address, length in found] == [(large.data_ptr(), 4000)] * 2
+
+
+def test_a_torch_without_a_known_way_to_be_asked_is_read_on_the_long_way(monkeypatch: pytest.MonkeyPatch):
+    objects = {"layer": nn.Linear(3, 4), "other": {"tensor": torch.arange(6.0).view(2, 3)}}
+    known = snapshot.capture(objects)
+    slow = _core.TensorReader(
+        tensor=torch.Tensor, parameter=(nn.Parameter, "torch.nn.parameter.Parameter"), exchange=None
+    )
+    monkeypatch.setattr(tensors, "READER", slow)
+    assert Memory(snapshot.capture(objects)).same_as(Memory(known))
+    assert slow.large([torch.zeros(1000)], 4) == []

@@ -184,10 +184,11 @@ class TensorReader:
     Args:
         tensor: torch.Tensor.
         parameter: torch.nn.Parameter, and its name in leaves.
-        exchange: torch.Tensor's `__dlpack_c_exchange_api__`.
+        exchange: torch.Tensor's `__dlpack_c_exchange_api__`. Without one of a known version each tensor is read on the
+            long way, and none is found to be large.
     """
 
-    def __init__(self, *, tensor: type, parameter: tuple[type, str], exchange: object) -> None: ...
+    def __init__(self, *, tensor: type, parameter: tuple[type, str], exchange: object | None) -> None: ...
     def large(self, tensors: list[Any], least_bytes: int) -> list[tuple[Any, int, int]]:
         """Return (tensor, address, length in bytes) of each whose storage on the CPU has at least so many bytes."""
 

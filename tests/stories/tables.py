@@ -74,4 +74,5 @@ def main(witness: Path, place: str | None = None, kill_at: int | None = None) ->
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:3], *(int(number) for number in sys.argv[3:4]))
+    place, kill_at = [*sys.argv[2:], None, None][:2]
+    main(Path(sys.argv[1]), place, None if kill_at is None else int(kill_at))

@@ -1,7 +1,7 @@
 //! What a tensor is, asked of its framework through DLPack's table of C functions: no Python objects in between.
 //!
 //! Touches: the tensor that it is asked about, which is only read. The layout of these structs is DLPack's, version 1
-//! (dmlc/dlpack, `dlpack.h`); a table of another version is refused.
+//! (dmlc/dlpack, `dlpack.h`); a table of another version is left alone.
 
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
@@ -9,8 +9,6 @@ use std::slice;
 
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
-
-use crate::error;
 
 const VERSION: u32 = 1;
 const CPU: i32 = 1;
@@ -61,20 +59,20 @@ pub(crate) struct View<'a> {
 }
 
 impl Exchange {
-    /// Reads a tensor class's `__dlpack_c_exchange_api__`.
-    pub(crate) fn of(capsule: &Bound<'_, PyCapsule>) -> PyResult<Self> {
-        let py = capsule.py();
+    /// Reads a tensor class's `__dlpack_c_exchange_api__`; None where neither it nor an older table behind it is of the
+    /// version that is known here.
+    pub(crate) fn of(capsule: &Bound<'_, PyCapsule>) -> PyResult<Option<Self>> {
         let table = capsule.pointer_checked(Some(c"dlpack_exchange_api"))?;
-        // SAFETY: a capsule of that name holds this table, which lives as long as the process; its first fields are the
-        // same in every version.
-        let table = unsafe { table.cast::<Table>().as_ref() };
-        match table.tensor_from_object {
-            Some(ask) if table.major == VERSION => Ok(Exchange { ask }),
-            _ => {
-                let found = format!("DLPack {}.{}, where {VERSION} is known", table.major, table.minor);
-                Err(error::invalid(py, found))
+        let mut table: *const Table = table.cast().as_ptr();
+        // SAFETY: a capsule of that name holds such a table, which lives as long as the process. Its first fields, up to
+        // the older table, are the same in every version; the others are read in a table of the known one only.
+        while let Some(found) = unsafe { table.as_ref() } {
+            if found.major == VERSION {
+                return Ok(found.tensor_from_object.map(|ask| Exchange { ask }));
             }
+            table = found.older;
         }
+        Ok(None)
     }
 
     /// Looks at an instance of the class; None for what is elsewhere than on the CPU, has no strides, or another dtype.

@@ -11,7 +11,7 @@ use pyo3::types::{PyBool, PyCapsule, PyDict, PyType};
 use unbroken::Value;
 use unbroken::state;
 
-use crate::dlpack::Exchange;
+use crate::dlpack::{Exchange, View};
 use crate::leaf::Tensor;
 use crate::memory::check_region;
 use crate::value::fields_from_python;
@@ -22,7 +22,8 @@ pub(crate) struct TensorReader {
     tensor: Py<PyType>,
     /// With its name in leaves.
     parameter: (Py<PyType>, String),
-    exchange: Exchange,
+    /// None where the framework has no table of a known version: every tensor is read on the long way then.
+    exchange: Option<Exchange>,
 }
 
 #[pymethods]
@@ -32,12 +33,12 @@ impl TensorReader {
     fn new(
         tensor: Py<PyType>,
         parameter: (Py<PyType>, String),
-        exchange: &Bound<'_, PyCapsule>,
+        exchange: Option<&Bound<'_, PyCapsule>>,
     ) -> PyResult<Self> {
         Ok(TensorReader {
             tensor,
             parameter,
-            exchange: Exchange::of(exchange)?,
+            exchange: exchange.map(Exchange::of).transpose()?.flatten(),
         })
     }
 
@@ -49,7 +50,7 @@ impl TensorReader {
     ) -> PyResult<Vec<(Bound<'py, PyAny>, usize, usize)>> {
         let mut found = Vec::new();
         for tensor in tensors {
-            if self.exchange.view(&tensor).is_none() {
+            if self.view(&tensor).is_none() {
                 continue;
             }
             let storage = tensor.call_method0(intern!(tensor.py(), "untyped_storage"))?;
@@ -59,6 +60,12 @@ impl TensorReader {
             }
         }
         Ok(found)
+    }
+}
+
+impl TensorReader {
+    fn view<'a>(&self, tensor: &'a Bound<'_, PyAny>) -> Option<View<'a>> {
+        self.exchange.as_ref()?.view(tensor)
     }
 }
 
@@ -214,7 +221,7 @@ impl Regions {
         attrs: Vec<(String, Value)>,
     ) -> PyResult<Option<Tensor>> {
         let py = tensor.py();
-        let Some(view) = reader.exchange.view(tensor) else {
+        let Some(view) = reader.view(tensor) else {
             return Ok(None);
         };
         // What is negated when it is read is noted on the long way.

@@ -83,7 +83,7 @@ _PARAMETER = values.type_name(Parameter)
 READER = _core.TensorReader(
     tensor=torch.Tensor,
     parameter=(Parameter, _PARAMETER),
-    exchange=vars(torch.Tensor)["__dlpack_c_exchange_api__"],
+    exchange=vars(torch.Tensor).get("__dlpack_c_exchange_api__"),
 )
 """Reads what nearly all tensors are, without a line of Python for each."""
 
