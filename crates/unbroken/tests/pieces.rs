@@ -20,8 +20,8 @@ use unbroken::storage::Storage;
 use unbroken::storage::disk::DiskStorage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::store::{Checkpoint, CheckpointInfo, Commit, Retention};
-use world::{components, files_in, leaf, open, resumed_step, shared};
+use unbroken::store::{Checkpoint, CheckpointInfo, Retention};
+use world::{components, files_in, leaf, of_tree, open, resumed_step, shared};
 
 const CHUNK: usize = 8 << 10;
 /// Five chunks and a bit.
@@ -60,16 +60,11 @@ fn tree(step: u64) -> Value {
 
 fn commit(run: &Run, step: u64) -> Result<CheckpointInfo> {
     let storages = storages(step);
-    run.commit(Commit {
+    run.commit(of_tree(
         step,
-        phase: 0,
-        tree: tree(step),
-        storages: storages.iter().map(Vec::as_slice).collect(),
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })
+        tree(step),
+        storages.iter().map(Vec::as_slice).collect(),
+    ))
 }
 
 fn train(run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
