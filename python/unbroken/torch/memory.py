@@ -6,6 +6,7 @@ among the rest. What is returned is the live tensors' own memory, valid until th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -21,7 +22,7 @@ Region = tuple[int, int]
 _CONTAINERS = (list, dict, tuple, set)
 
 
-class Watch:
+class Watch(ABC):
     """One tracked object's parts, such as `state/parameters/NAME`.
 
     Args:
@@ -37,9 +38,9 @@ class Watch:
         """Return (address, length in bytes) of each part's bytes. Cheap while nothing is replaced."""
         return {part: memory.regions(spaces) for part, memory, spaces in self.parts()}
 
+    @abstractmethod
     def parts(self) -> list[_Part]:
         """Return name, memory and members of each part, as the object is now."""
-        raise NotImplementedError
 
 
 def watches(objects: Mapping[str, object]) -> list[Watch]:
