@@ -1,7 +1,8 @@
 //! The storages of one capture, and the leaves of tensors that are nothing but their storage, as nearly all are.
 //!
-//! Touches: reads live tensors, each one anew at each capture: nothing is remembered that a program could change. Training stands still meanwhile, and a model has thousands of tensors: what takes
-//! twenty lines of Python for each takes one call here.
+//! Touches: reads live tensors, each one anew at each capture: nothing is remembered that a program could change.
+//! Training stands still meanwhile, and a model has thousands of tensors: what takes twenty lines of Python for each
+//! takes one call here.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,8 +1,8 @@
 //! Reading a checkpoint's bytes: every byte that is handed out was hashed on its way.
 //!
-//! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it; a storage may
-//! lie in several. Then several threads take the next piece: straight into its memory where the system's cache has it, past that cache and from
-//! there into its memory where not. What is hashed is what lies in that memory afterwards.
+//! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it; a storage
+//! may lie in several. Then several threads take the next piece: straight into its memory where the system's cache has
+//! it, past that cache and from there into its memory where not. What is hashed is what lies in that memory afterwards.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
