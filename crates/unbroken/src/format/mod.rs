@@ -4,6 +4,7 @@
 //! [`Flaw`]; whoever knows the file turns it into an [`Error`] with [`Flaw::at`]. Every length and count is checked
 //! against what is there before it is believed. The specification is `docs/format.md`.
 
+pub mod coded;
 pub mod journal;
 pub mod manifest;
 pub mod pack;
