@@ -14,7 +14,7 @@ use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
 use unbroken::saver::{Outcome, Region, Save, Saver};
 use unbroken::state::Value;
-use unbroken::store::{Best, Commit, Order, Retention};
+use unbroken::store::{Best, Commit, Compression, Order, Retention, Tuning};
 
 use crate::checkpoint::{Checkpoint, CheckpointInfo, opened_into, pairs};
 use crate::error;
@@ -76,20 +76,24 @@ pub(crate) struct Run {
 #[pymethods]
 impl Run {
     #[staticmethod]
-    #[pyo3(signature = (path, *, seed, settings, strict = false, memory = None))]
+    #[pyo3(signature = (path, *, seed, settings, strict = false, compress = None, memory = None))]
     fn open(
         py: Python<'_>,
         path: PathBuf,
         seed: Option<u64>,
         settings: &Bound<'_, PyAny>,
         strict: bool,
+        compress: Option<&str>,
         memory: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let options = Options {
             seed,
             settings: fields_from_python(settings)?,
             strict,
-            ..Options::default()
+            tuning: Tuning {
+                compression: compression(py, compress)?,
+                ..Tuning::default()
+            },
         };
         let run = opened_into(py, memory, |lend| run::Run::open_into(&path, &options, lend))?;
         let run = Arc::new(run);
@@ -97,6 +101,13 @@ impl Run {
             saver: Saver::new(Arc::clone(&run)),
             run,
         })
+    }
+
+    #[pyo3(signature = (compress))]
+    fn set_compression(&self, py: Python<'_>, compress: Option<&str>) -> PyResult<()> {
+        let compression = compression(py, compress)?;
+        py.detach(|| self.run.set_compression(compression));
+        Ok(())
     }
 
     #[getter]
@@ -313,6 +324,18 @@ impl Run {
     pub(crate) fn append(&self, boundary: &Boundary) -> unbroken::Result<Option<Difference>> {
         let difference = self.run.record_boundary(boundary)?;
         Ok(difference.map(|difference| Difference { difference }))
+    }
+}
+
+fn compression(py: Python<'_>, name: Option<&str>) -> PyResult<Compression> {
+    match name {
+        None => Ok(Compression::None),
+        Some("alone") => Ok(Compression::Alone),
+        Some("differences") => Ok(Compression::Differences),
+        Some(other) => {
+            let what = format!("compress must be None, 'alone' or 'differences', got '{other}'");
+            Err(error::invalid(py, what))
+        }
     }
 }
 

@@ -21,7 +21,8 @@ use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
 use crate::store::{
-    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, OBJECTS, Retention, Store, TMP, Tuning,
+    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, Compression, OBJECTS, Retention, Store, TMP,
+    Tuning,
 };
 use crate::trial;
 pub use crate::trial::{Extent, Trial};
@@ -557,6 +558,11 @@ impl Run {
         let pruned = store.prune(policy, dry_run);
         *guard(&self.listed) = store.checkpoints();
         pruned
+    }
+
+    /// Compresses later commits otherwise, or not.
+    pub fn set_compression(&self, compression: Compression) {
+        guard(&self.store).set_compression(compression);
     }
 
     /// This run's whole checkpoints, oldest first.

@@ -4,7 +4,9 @@
 //! names. Nothing that was committed is written again. The order of a commit is the whole proof: packs, their sync,
 //! their names, the names' sync; then the same for the manifest. Any prefix of it leaves garbage, never damage.
 
+mod compression;
 mod pack_writer;
+mod parallel;
 mod read;
 mod renewal;
 mod retention;
@@ -23,6 +25,8 @@ use crate::state::{Tensor, Value};
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
 
+use compression::Bases;
+pub use compression::Compression;
 use pack_writer::Buffers;
 pub(crate) use read::{Claim, verify_pack};
 use renewal::Chunks;
@@ -39,8 +43,10 @@ pub(crate) const TMP: &str = "tmp";
 /// How the name of a file ends that is kept to be written over.
 const SPARE: &str = ".old";
 
-/// What the name of a tensor in a pack ends with that is only what changed of it.
+/// What the name of a tensor in a pack ends with of which only what changed is there.
 const CHANGED: &str = " (changed chunks)";
+/// The same of one that is coded.
+const COMPRESSED: &str = " (compressed)";
 
 /// The largest manifest that is read, in bytes: the largest encoded value and what surrounds it.
 const MAX_MANIFEST: u64 = crate::format::value::MAX_ENCODED as u64 + (1 << 20);
@@ -346,6 +352,8 @@ pub struct Store {
     read_back: BTreeSet<String>,
     /// A deleted pack's file in `tmp/`, to be written over by the next pack.
     spare: Option<String>,
+    /// What compressed storages are differences to.
+    bases: Option<Bases>,
 }
 
 /// What a storage is expected to do from one commit to the next.
@@ -361,7 +369,7 @@ struct Habit {
     chunks: Option<Chunks>,
 }
 
-/// Sizes that the engine works with. The defaults are measured; tests take small ones.
+/// How the engine works. The defaults are measured; tests take small sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuning {
     /// Bytes that are copied, digested and written at a time; at least [`crate::digest::GROUP`].
@@ -373,6 +381,8 @@ pub struct Tuning {
     pub reuse_from: u64,
     /// Storages from this size on are compared with the last commit's by chunks.
     pub chunks_from: usize,
+    /// Whether what is written is compressed.
+    pub compression: Compression,
 }
 
 impl Default for Tuning {
@@ -382,6 +392,7 @@ impl Default for Tuning {
             workers: 4,
             reuse_from: 1 << 20,
             chunks_from: 1 << 20,
+            compression: Compression::None,
         }
     }
 }
@@ -407,6 +418,7 @@ impl Store {
             habits: Vec::new(),
             read_back: BTreeSet::new(),
             spare: None,
+            bases: None,
         };
         for checkpoint in whole {
             store.admit(checkpoint, false);
@@ -435,7 +447,7 @@ impl Store {
             let key = (storage.digest, storage.length);
             if verified {
                 self.places.insert(key, Known::of(storage, manifest, true));
-            } else if storage.place.whole().is_some() {
+            } else if !matches!(storage.place, Place::Pieces(_)) {
                 // Pieces take memory, and only those of the newest one are likely to be needed again.
                 self.places
                     .entry(key)
@@ -455,6 +467,13 @@ impl Store {
             self.catalog.values().map(|entry| (*entry.info).clone()).collect();
         infos.sort_by(|a, b| a.age().cmp(&b.age()));
         infos
+    }
+
+    pub(crate) fn set_compression(&mut self, compression: Compression) {
+        self.tuning.compression = compression;
+        if compression != Compression::Differences {
+            self.bases = None; // Memory that nothing needs any more.
+        }
     }
 
     /// (step, phase) of this run's newest checkpoint.
@@ -629,8 +648,12 @@ pub(crate) fn leaf_of(tree: &Value, storage: usize) -> String {
 }
 
 /// Names for what goes into a pack: a storage's first leaf's path, made unique, and its look if it is the whole storage
-/// that is written; otherwise `bytes` of it are.
-fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[(usize, Option<u64>)]) -> Vec<pack::PackTensor> {
+/// that is written; otherwise what else it is, and how many bytes.
+fn pack_tensors(
+    tree: &Value,
+    storages: &[&[u8]],
+    new: &[(usize, Option<(&'static str, u64)>)],
+) -> Vec<pack::PackTensor> {
     // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
     type Look = Option<(String, Vec<u64>)>;
     let mut first: HashMap<usize, (String, Look)> = HashMap::new();
@@ -641,11 +664,11 @@ fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[(usize, Option<u64>)]) 
         });
     });
     let mut taken = HashSet::new();
-    let describe = |&(index, bytes): &(usize, Option<u64>)| {
+    let describe = |&(index, other): &(usize, Option<(&'static str, u64)>)| {
         let (mut path, mut look) = first.remove(&index).unwrap_or_default();
-        if bytes.is_some() {
+        if let Some((what, _)) = other {
             look = None;
-            path = if path.is_empty() { path } else { path + CHANGED };
+            path = if path.is_empty() { path } else { path + what };
         }
         let usable = !path.is_empty() && path != "__metadata__" && path.len() <= pack::MAX_NAME;
         let name = if usable && taken.insert(path.clone()) {
@@ -660,7 +683,8 @@ fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[(usize, Option<u64>)]) 
         let look = look
             .as_ref()
             .map(|(dtype, shape)| (dtype.as_str(), shape.as_slice()));
-        pack::describe(name, bytes.unwrap_or(storages[index].len() as u64), look)
+        let length = other.map_or(storages[index].len() as u64, |(_, bytes)| bytes);
+        pack::describe(name, length, look)
     };
     new.iter().map(describe).collect()
 }

@@ -11,7 +11,9 @@ use unbroken::digest::Assembly;
 use unbroken::format::journal::{
     Component, Ending, Record, SegmentHeader, SegmentReader, encode_header, encode_record,
 };
-use unbroken::format::manifest::{self, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry};
+use unbroken::format::manifest::{
+    self, Coded, Layer, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry,
+};
 use unbroken::format::pack::{self, PackTensor};
 use unbroken::format::saved::{self, Content, Node, Outline, SAVED, Saved};
 use unbroken::journal::Story;
@@ -31,6 +33,13 @@ const IN_PIECES: &str = "checkpoints/000000003-0-908df25e26af0614";
 const PACKS_OF_PIECES: [&str; 2] = [
     "objects/10112233445566778899aabbccddeeff.safetensors",
     "objects/20112233445566778899aabbccddeeff.safetensors",
+];
+
+/// A manifest of version 3: a storage as differences to another one, both compressed.
+const CODED: &str = "checkpoints/000000004-0-fd1b377b18e75cbc";
+const PACKS_OF_LAYERS: [&str; 2] = [
+    "objects/30112233445566778899aabbccddeeff.safetensors",
+    "objects/40112233445566778899aabbccddeeff.safetensors",
 ];
 
 fn path_of(version: &str, name: &str) -> PathBuf {
@@ -422,4 +431,99 @@ fn files_of_version_2_still_open_and_are_still_written_byte_for_byte() {
     assert_eq!(checkpoint.manifest(), &manifest_in_pieces());
     checkpoint.verify().unwrap();
     assert!(checkpoint.read(0).unwrap() == tables()[1]);
+}
+
+/// 3000 numbers that are no round ones, before and after a small step; two bytes behind them are no number.
+fn weights() -> [Vec<u8>; 2] {
+    [1.0f32, 1.001].map(|factor| {
+        let numbers = (0..3000u32).map(|index| (index as f32 * 0.37 - 500.0) / 1024.0 * factor);
+        numbers.flat_map(f32::to_le_bytes).chain([1, 2]).collect()
+    })
+}
+
+/// What the fixtures hold as the frames of the one block; their bytes are zstd's, and another release of it may choose
+/// others for the same numbers, so that they are read and not written here.
+fn frames() -> [Vec<u8>; 2] {
+    PACKS_OF_LAYERS.map(|name| {
+        let bytes = read(path_of("v3", name));
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        bytes[header..].to_vec()
+    })
+}
+
+fn packs_of_layers() -> [(Vec<u8>, pack::PackLayout); 2] {
+    frames().map(|frame| {
+        let tensor = pack::describe("weight (compressed)".into(), frame.len() as u64, None);
+        let layout = pack::plan(&[tensor]).unwrap();
+        ([&layout.header, &frame[..]].concat(), layout)
+    })
+}
+
+fn coded_manifest() -> Manifest {
+    let [_, weight] = weights();
+    let (packs, frames) = (packs_of_layers(), frames());
+    let layers = frames
+        .iter()
+        .zip(&packs)
+        .zip(0..)
+        .map(|((frame, (_, layout)), pack)| Layer {
+            pack,
+            check: Digest::of(&Digest::of(frame).0),
+            offset: layout.offsets[0],
+            frames: vec![frame.len() as u64],
+        });
+    let place = Place::Coded(Coded {
+        width: 4,
+        layers: layers.collect(),
+    });
+    let view = Value::Tensor(Tensor {
+        dtype: "float32".into(),
+        shape: vec![3000],
+        strides: vec![1],
+        offset: 0,
+        storage: 0,
+        device: "cpu".into(),
+        attrs: vec![],
+    });
+    let names = PACKS_OF_LAYERS.map(|name| name.strip_prefix("objects/").unwrap());
+    let entry = |((bytes, layout), name): (&(Vec<u8>, pack::PackLayout), &str)| PackEntry {
+        name: name.into(),
+        length: bytes.len() as u64,
+        header_digest: layout.header_digest,
+    };
+    Manifest {
+        step: 4,
+        parent: Some(IN_PIECES.strip_prefix("checkpoints/").unwrap().into()),
+        tree: Value::Dict(vec![(text("weight"), view)]),
+        storages: vec![StorageEntry {
+            digest: Digest::of(&weight),
+            length: weight.len() as u64,
+            place,
+        }],
+        packs: packs.iter().zip(names).map(entry).collect(),
+        new_bytes: packs[1].0.len() as u64,
+        ..manifest()
+    }
+}
+
+#[test]
+fn files_of_version_3_still_open_and_all_but_their_frames_are_still_written_byte_for_byte() {
+    let [first, second] = packs_of_layers();
+    let (bytes, digest) = manifest::encode(&coded_manifest()).unwrap();
+    assert_eq!(
+        format!("checkpoints/{}", manifest::checkpoint_name(4, 0, &digest)),
+        CODED
+    );
+    for (name, bytes) in [
+        (CODED, bytes),
+        (PACKS_OF_LAYERS[0], first.0),
+        (PACKS_OF_LAYERS[1], second.0),
+    ] {
+        assert_eq!(bytes, read(path_of("v3", name)), "{name}");
+    }
+    assert!(frames()[1].len() < frames()[0].len() && frames()[0].len() < 12_002);
+    let checkpoint = Checkpoint::open(&path_of("v3", CODED)).unwrap();
+    assert_eq!(checkpoint.manifest(), &coded_manifest());
+    checkpoint.verify().unwrap();
+    assert!(checkpoint.read(0).unwrap() == weights()[1]);
 }

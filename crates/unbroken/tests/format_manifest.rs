@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use unbroken::Digest;
 use unbroken::format::Flaw;
 use unbroken::format::manifest::{
-    MAX_PIECES, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry, checkpoint_name, decode,
-    encode, parse_checkpoint_name,
+    Coded, Layer, MAX_FRAMES, MAX_PIECES, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry,
+    checkpoint_name, decode, encode, parse_checkpoint_name,
 };
 use unbroken::state::{Tensor, Value};
 
@@ -85,7 +85,7 @@ fn reading_back_what_was_written_gives_the_same_manifest() {
 
 #[test]
 fn every_flipped_bit_of_a_manifest_is_noticed() {
-    let bytes = [manifest(), with_pieces().0].map(|manifest| encode(&manifest).unwrap().0);
+    let bytes = [manifest(), with_pieces().0, with_layers().0].map(|manifest| encode(&manifest).unwrap().0);
     for (bytes, bit) in bytes
         .iter()
         .flat_map(|bytes| (0..bytes.len() * 8).map(move |bit| (bytes, bit)))
@@ -120,7 +120,7 @@ fn another_version_is_named_before_anything_else_is_read() {
         Err(Flaw::Version {
             what: "a manifest",
             found: 9,
-            newest: 2
+            newest: 3
         })
     );
     assert!(matches!(
@@ -263,6 +263,95 @@ fn more_pieces_than_a_manifest_may_have_are_refused() {
     pieces.pieces.pop();
     manifest.storages[2].length -= 4096;
     manifest.storages[2].place = Place::Pieces(pieces);
+    let (bytes, _) = encode(&manifest).unwrap();
+    assert_eq!(decode(&bytes).unwrap().0, manifest);
+}
+
+/// The same with a third storage of two blocks and a bit: numbers in one pack, and differences to them in another.
+fn with_layers() -> (Manifest, Coded) {
+    let (mut manifest, _) = with_pieces();
+    let layer = |pack: u32, offset, frames: &[u64]| Layer {
+        pack,
+        check: Digest::of(&[pack as u8]),
+        offset,
+        frames: frames.to_vec(),
+    };
+    let coded = Coded {
+        width: 4,
+        layers: vec![layer(1, 64, &[5000, 1 << 20, 7]), layer(0, 128, &[300, 200, 100])],
+    };
+    manifest.packs[1].length = (1 << 20) + 64 + 5007;
+    manifest.storages[2] = StorageEntry {
+        digest: Digest::of(b"coded"),
+        length: (2 << 20) + 100,
+        place: Place::Coded(coded.clone()),
+    };
+    (manifest, coded)
+}
+
+#[test]
+fn a_coded_storage_makes_a_manifest_of_version_3_and_reads_back() {
+    let (mut manifest, coded) = with_layers();
+    let (bytes, _) = encode(&manifest).unwrap();
+    assert_eq!(bytes[8..12], 3u32.to_le_bytes());
+    assert_eq!(decode(&bytes).unwrap().0, manifest);
+    assert_eq!(
+        manifest.storages[2].place.pieces(manifest.storages[2].length),
+        [(1, 64, (1 << 20) + 5007), (0, 128, 600)]
+    );
+    // Beside one in pieces, too.
+    let pieces = with_pieces().0.storages.pop().unwrap();
+    manifest.storages.push(pieces);
+    let (bytes, _) = encode(&manifest).unwrap();
+    assert_eq!(bytes[8..12], 3u32.to_le_bytes());
+    let place = decode(&bytes).unwrap().0.storages[2].place.clone();
+    assert_eq!(place, Place::Coded(coded));
+}
+
+#[test]
+fn layers_that_have_no_frame_for_each_block_or_leave_their_pack_are_refused() {
+    let refused = |change: &dyn Fn(&mut Coded)| {
+        let (mut manifest, mut coded) = with_layers();
+        change(&mut coded);
+        manifest.storages[2].place = Place::Coded(coded);
+        encode(&manifest)
+            .expect_err("layers that break a rule were written")
+            .to_string()
+    };
+    for width in [0, 3, 16, u64::MAX] {
+        assert!(refused(&|found| found.width = width).contains("numbers of"));
+    }
+    assert!(refused(&|found| found.layers.clear()).contains("in 0 layers"));
+    assert!(refused(&|found| found.layers.push(found.layers[0].clone())).contains("in 3 layers"));
+    assert!(refused(&|found| found.layers[1].pack = 1).contains("in one pack"));
+    assert!(refused(&|found| found.layers[0].frames.truncate(2)).contains("2 frames of"));
+    assert!(refused(&|found| found.layers[1].frames.push(1)).contains("4 frames of"));
+    // Empty, longer than its block, and longer than the short last block.
+    assert!(refused(&|found| found.layers[0].frames[0] = 0).contains("a frame of 0 bytes"));
+    for length in [(1 << 20) + 1, u64::MAX >> 1] {
+        assert!(refused(&|found| found.layers[0].frames[0] = length).contains("of a block of 1048576"));
+    }
+    assert!(refused(&|found| found.layers[1].frames[2] = 101).contains("of a block of 100"));
+    // Outside of their packs, also where the end overflows.
+    assert!(refused(&|found| found.layers[0].offset = 65).contains("which has"));
+    assert!(refused(&|found| found.layers[1].offset = u64::MAX).contains("which has 16384"));
+    assert!(refused(&|found| found.layers[1].pack = 2).contains("in pack 2 of 2"));
+    let (mut manifest, _) = with_layers();
+    manifest.storages[2].length = 0;
+    assert!(encode(&manifest).unwrap_err().to_string().contains("0 bytes in"));
+}
+
+#[test]
+fn more_frames_than_a_manifest_may_have_are_refused() {
+    let (mut manifest, mut coded) = with_layers();
+    coded.layers.truncate(1);
+    coded.layers[0].frames = vec![1; MAX_FRAMES + 1];
+    manifest.storages[2].length = (MAX_FRAMES as u64 + 1) << 20;
+    manifest.storages[2].place = Place::Coded(coded.clone());
+    assert!(matches!(encode(&manifest), Err(Flaw::Limit { .. })));
+    coded.layers[0].frames.pop();
+    manifest.storages[2].length = (MAX_FRAMES as u64) << 20;
+    manifest.storages[2].place = Place::Coded(coded);
     let (bytes, _) = encode(&manifest).unwrap();
     assert_eq!(decode(&bytes).unwrap().0, manifest);
 }

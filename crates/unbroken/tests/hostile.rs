@@ -185,6 +185,22 @@ fn a_strangers_manifest_is_its_bytes_or_refused() {
 }
 
 #[test]
+fn a_strangers_frame_makes_its_block_or_is_refused() {
+    // Frames of numbers and of one byte, as `frames` wants them: a width, a length, the frame.
+    let numbers: Vec<u8> = (0..200u32)
+        .flat_map(|number| (number / 7).to_le_bytes())
+        .collect();
+    let example = |width: u8, block: &[u8]| {
+        let mut coder = unbroken::format::coded::Coder::default();
+        let frame = coder.encode(block, 1 << width, unbroken::format::coded::Planes::ALL);
+        let length = (block.len() / 5) as u16;
+        [&[width][..], &length.to_le_bytes(), frame].concat()
+    };
+    let examples = [example(2, &numbers), example(0, &[7; 500]), example(3, &numbers)];
+    assail("a_strangers_frame", 2000, &examples, strangers::frames);
+}
+
+#[test]
 fn a_strangers_pack_header_is_what_is_written_or_refused() {
     let jsons = examples("objects/").into_iter().map(|bytes| {
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

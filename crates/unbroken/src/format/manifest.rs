@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use crate::digest::{Digest, unhex};
+use crate::format::coded::{BLOCK, WIDTHS};
 use crate::format::record::{self, Fields};
 use crate::format::{Flaw, value};
 use crate::state::{Tensor, Value};
@@ -19,11 +20,15 @@ const DIGEST: usize = 32;
 const WHOLE: u32 = 1;
 /// A manifest with a storage in several pieces.
 const IN_PIECES: u32 = 2;
+/// A manifest with a storage that is coded.
+const CODED: u32 = 3;
 
 /// What the chunks of a storage may measure, in bytes.
 const CHUNKS: std::ops::RangeInclusive<u64> = 4 << 10..=64 << 10;
 /// The most pieces that all storages of a manifest may have together, those in one piece not counted.
 pub const MAX_PIECES: usize = 1 << 17;
+/// The most frames that all storages of a manifest may have together.
+pub const MAX_FRAMES: usize = 1 << 17;
 
 const KEYS: [&str; 15] = [
     "run",
@@ -101,6 +106,8 @@ pub enum Place {
     },
     /// In several.
     Pieces(Pieces),
+    /// In another form, block by block.
+    Coded(Coded),
 }
 
 /// Where the pieces of a storage are, which has few bytes that are not in an older checkpoint too.
@@ -134,22 +141,57 @@ pub struct Piece {
     pub length: u64,
 }
 
+/// A storage as numbers, in planes of their bytes that are compressed where that helps.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Coded {
+    /// Bytes of a number: 1, 2, 4 or 8.
+    pub width: u64,
+    /// The numbers; or what they are differences to, and those differences.
+    pub layers: Vec<Layer>,
+}
+
+/// As many numbers as a storage has, or differences, coded in one pack.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Layer {
+    /// Index into the manifest's packs.
+    pub pack: u32,
+    /// BLAKE3 of the digests of the frames, so that each pack can be judged alone and before it is decoded.
+    pub check: Digest,
+    /// The first frame's first byte, counted from the start of the pack's file.
+    pub offset: u64,
+    /// The length of each frame in bytes, one for each block of the storage; one behind the other.
+    pub frames: Vec<u64>,
+}
+
+impl Layer {
+    /// The length of all frames.
+    pub fn length(&self) -> u64 {
+        self.frames
+            .iter()
+            .fold(0, |sum, length| sum.saturating_add(*length))
+    }
+}
+
 impl Place {
     /// (pack, offset) of a storage in one piece.
     pub fn whole(&self) -> Option<(u32, u64)> {
         match self {
             Place::Whole { pack, offset } => Some((*pack, *offset)),
-            Place::Pieces(_) => None,
+            Place::Pieces(_) | Place::Coded(_) => None,
         }
     }
 
-    /// (pack, offset, length) of each piece of a storage of `length` bytes, in its order.
+    /// (pack, offset, length) of what a storage of `length` bytes takes of packs: each piece, in its order, or each layer.
     pub fn pieces(&self, length: u64) -> Vec<(u32, u64, u64)> {
         match self {
             Place::Whole { pack, offset } => vec![(*pack, *offset, length)],
             Place::Pieces(Pieces { sources, pieces, .. }) => pieces
                 .iter()
                 .map(|piece| (sources[piece.source as usize].pack, piece.offset, piece.length))
+                .collect(),
+            Place::Coded(Coded { layers, .. }) => layers
+                .iter()
+                .map(|layer| (layer.pack, layer.offset, layer.length()))
                 .collect(),
         }
     }
@@ -167,6 +209,13 @@ impl Place {
                     source.pack = number(source.pack);
                 }
                 Place::Pieces(pieces)
+            }
+            Place::Coded(coded) => {
+                let mut coded = coded.clone();
+                for layer in &mut coded.layers {
+                    layer.pack = number(layer.pack);
+                }
+                Place::Coded(coded)
             }
         }
     }
@@ -237,12 +286,12 @@ pub fn decode(bytes: &[u8]) -> Result<(Manifest, Digest), Flaw> {
 
 /// One manifest has one form: the oldest version that can say what it says.
 fn version_of(manifest: &Manifest) -> u32 {
-    let in_pieces = |storage: &StorageEntry| matches!(storage.place, Place::Pieces(_));
-    if manifest.storages.iter().any(in_pieces) {
-        IN_PIECES
-    } else {
-        WHOLE
-    }
+    let needed = |storage: &StorageEntry| match storage.place {
+        Place::Whole { .. } => WHOLE,
+        Place::Pieces(_) => IN_PIECES,
+        Place::Coded(_) => CODED,
+    };
+    manifest.storages.iter().map(needed).max().unwrap_or(WHOLE)
 }
 
 /// Bytes that a manifest begins with.
@@ -258,11 +307,11 @@ pub(crate) fn check_head(head: &[u8], length: u64) -> Result<(), Flaw> {
         return Err(Flaw::ends_early("manifest", (PAYLOAD + DIGEST) as u64, length));
     };
     let version = u32::from_le_bytes(head[8..12].try_into().expect("four bytes"));
-    if version != WHOLE && version != IN_PIECES {
+    if !(WHOLE..=CODED).contains(&version) {
         return Err(Flaw::Version {
             what: "a manifest",
             found: version,
-            newest: IN_PIECES,
+            newest: CODED,
         });
     }
     let payload = u64::from_le_bytes(head[12..20].try_into().expect("eight bytes"));
@@ -357,8 +406,23 @@ fn lower_storage(entry: &StorageEntry) -> Result<Value, Flaw> {
                 pieces.iter().map(piece).collect::<Result<_, Flaw>>()?,
             ));
         }
+        Place::Coded(Coded { width, layers }) => {
+            let layers = layers.iter().map(lower_layer).collect::<Result<_, Flaw>>()?;
+            let width = record::count("a number's length", *width)?;
+            parts.push(Value::List(vec![width, Value::List(layers)]));
+        }
     }
     Ok(Value::List(parts))
+}
+
+fn lower_layer(layer: &Layer) -> Result<Value, Flaw> {
+    let frame = |length: &u64| record::count("a frame's length", *length);
+    Ok(Value::List(vec![
+        Value::Int(i64::from(layer.pack)),
+        record::digest(&layer.check),
+        record::count("a layer's offset", layer.offset)?,
+        Value::List(layer.frames.iter().map(frame).collect::<Result<_, Flaw>>()?),
+    ]))
 }
 
 fn raise(value: Value) -> Result<Manifest, Flaw> {
@@ -387,20 +451,24 @@ fn raise(value: Value) -> Result<Manifest, Flaw> {
 }
 
 fn raise_storage(value: Value) -> Result<StorageEntry, Flaw> {
-    let in_pieces = matches!(&value, Value::List(parts) if parts.len() == 5);
-    let mut fields = Fields::of_list("a storage", value, if in_pieces { 5 } else { 4 })?;
+    // Each form has a length of its own.
+    let parts = match &value {
+        Value::List(parts) if (3..=5).contains(&parts.len()) => parts.len(),
+        _ => 4,
+    };
+    let mut fields = Fields::of_list("a storage", value, parts)?;
     let (digest, length) = (fields.digest()?, fields.count()?);
-    let place = if in_pieces {
-        Place::Pieces(Pieces {
+    let place = match parts {
+        3 => raise_coded(fields.value()?)?,
+        4 => Place::Whole {
+            pack: fields.small()?,
+            offset: fields.count()?,
+        },
+        _ => Place::Pieces(Pieces {
             chunk: fields.count()?,
             sources: raise_all(fields.list()?, raise_source)?,
             pieces: raise_all(fields.list()?, raise_piece)?,
-        })
-    } else {
-        Place::Whole {
-            pack: fields.small()?,
-            offset: fields.count()?,
-        }
+        }),
     };
     Ok(StorageEntry {
         digest,
@@ -428,6 +496,32 @@ fn raise_piece(value: Value) -> Result<Piece, Flaw> {
         offset: fields.count()?,
         length: fields.count()?,
     })
+}
+
+fn raise_coded(value: Value) -> Result<Place, Flaw> {
+    let mut fields = Fields::of_list("a coded storage", value, 2)?;
+    Ok(Place::Coded(Coded {
+        width: fields.count()?,
+        layers: raise_all(fields.list()?, raise_layer)?,
+    }))
+}
+
+fn raise_layer(value: Value) -> Result<Layer, Flaw> {
+    let mut fields = Fields::of_list("a layer", value, 4)?;
+    Ok(Layer {
+        pack: fields.small()?,
+        check: fields.digest()?,
+        offset: fields.count()?,
+        frames: raise_all(fields.list()?, raise_frame)?,
+    })
+}
+
+fn raise_frame(value: Value) -> Result<u64, Flaw> {
+    let length = match value {
+        Value::Int(length) => u64::try_from(length).ok(),
+        _ => None,
+    };
+    length.ok_or_else(|| Flaw::malformed("a frame's length is not a count"))
 }
 
 fn raise_pack(value: Value) -> Result<PackEntry, Flaw> {
@@ -464,16 +558,9 @@ fn check(manifest: &Manifest) -> Result<(), Flaw> {
         return Err(Flaw::malformed("life 0; lives count from 1"));
     }
     check_packs(&manifest.packs)?;
-    let count = |storage: &StorageEntry| match &storage.place {
-        Place::Whole { .. } => 0,
-        Place::Pieces(pieces) => pieces.pieces.len(),
-    };
-    let pieces: usize = manifest.storages.iter().map(count).sum();
-    if pieces > MAX_PIECES {
-        return Err(Flaw::limit(format!(
-            "{pieces} pieces in a manifest; at most {MAX_PIECES} are allowed"
-        )));
-    }
+    let count = |of: fn(&Place) -> usize| manifest.storages.iter().map(|storage| of(&storage.place)).sum();
+    check_count("pieces", count(piece_count), MAX_PIECES)?;
+    check_count("frames", count(frame_count), MAX_FRAMES)?;
     for (index, storage) in manifest.storages.iter().enumerate() {
         check_storage(index, storage, &manifest.packs)?;
     }
@@ -482,6 +569,30 @@ fn check(manifest: &Manifest) -> Result<(), Flaw> {
     named
         .map(|(_, value)| value)
         .try_for_each(|value| check_tree(value, &[]))
+}
+
+fn piece_count(place: &Place) -> usize {
+    match place {
+        Place::Whole { .. } | Place::Coded(_) => 0,
+        Place::Pieces(pieces) => pieces.pieces.len(),
+    }
+}
+
+/// How many frames a storage has.
+pub(crate) fn frame_count(place: &Place) -> usize {
+    match place {
+        Place::Whole { .. } | Place::Pieces(_) => 0,
+        Place::Coded(coded) => coded.layers.iter().map(|layer| layer.frames.len()).sum(),
+    }
+}
+
+fn check_count(what: &str, count: usize, most: usize) -> Result<(), Flaw> {
+    if count > most {
+        return Err(Flaw::limit(format!(
+            "{count} {what} in a manifest; at most {most} are allowed"
+        )));
+    }
+    Ok(())
 }
 
 fn check_packs(packs: &[PackEntry]) -> Result<(), Flaw> {
@@ -501,8 +612,10 @@ fn check_packs(packs: &[PackEntry]) -> Result<(), Flaw> {
 }
 
 fn check_storage(index: usize, storage: &StorageEntry, packs: &[PackEntry]) -> Result<(), Flaw> {
-    if let Place::Pieces(pieces) = &storage.place {
-        check_pieces(index, storage.length, pieces)?;
+    match &storage.place {
+        Place::Whole { .. } => {}
+        Place::Pieces(pieces) => check_pieces(index, storage.length, pieces)?,
+        Place::Coded(coded) => check_coded(index, storage.length, coded)?,
     }
     for (number, offset, length) in storage.place.pieces(storage.length) {
         let Some(pack) = packs.get(number as usize) else {
@@ -575,6 +688,35 @@ fn check_pieces(index: usize, length: u64, found: &Pieces) -> Result<(), Flaw> {
     };
     if sorted.windows(2).any(overlap) {
         return wrong("two of them overlap".to_owned());
+    }
+    Ok(())
+}
+
+/// Checks that layers have one frame for each block of their storage, none longer than the block.
+fn check_coded(index: usize, length: u64, coded: &Coded) -> Result<(), Flaw> {
+    let wrong = |what: String| Err(Flaw::malformed(format!("storage {index} is coded: {what}")));
+    if !WIDTHS.contains(&coded.width) {
+        return wrong(format!("numbers of {} bytes", coded.width));
+    }
+    if length == 0 || !(1..=2).contains(&coded.layers.len()) {
+        return wrong(format!("{length} bytes in {} layers", coded.layers.len()));
+    }
+    if let [first, second] = coded.layers.as_slice()
+        && first.pack == second.pack
+    {
+        return wrong("two layers are in one pack".to_owned());
+    }
+    let block = BLOCK as u64;
+    for layer in &coded.layers {
+        if layer.frames.len() as u64 != length.div_ceil(block) {
+            return wrong(format!("{} frames of {length} bytes", layer.frames.len()));
+        }
+        for (frame, start) in layer.frames.iter().zip((0..length).step_by(BLOCK)) {
+            let most = block.min(length - start);
+            if *frame == 0 || *frame > most {
+                return wrong(format!("a frame of {frame} bytes of a block of {most}"));
+            }
+        }
     }
     Ok(())
 }

@@ -3,17 +3,19 @@
 //! Touches: packs, read only. First a plan: pieces of packs, each with the parts of storages that lie in it; a storage
 //! may lie in several. Then several threads take the next piece: straight into its memory where the system's cache has
 //! it, past that cache and from there into its memory where not. What is hashed is what lies in that memory afterwards.
+//! Storages that are coded are read block by block: the frames of each block are hashed as they are, and so is the block.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::parallel::each_in_parallel;
 use super::{Checkpoint, OBJECTS, leaf_of};
 use crate::arena::{Arena, bring_in};
-use crate::digest::{Assembly, Digest, GROUP};
+use crate::digest::{Assembly, Digest, GROUP, Hasher};
 use crate::error::{Error, Result};
-use crate::format::manifest::{PackEntry, Pieces, Place, StorageEntry};
+use crate::format::coded::{self, BLOCK, Decoder};
+use crate::format::manifest::{Coded, Layer, PackEntry, Pieces, Place, StorageEntry};
 use crate::format::pack;
 use crate::storage::{DIRECT_ALIGNMENT, Directory, Source, zeros};
 
@@ -21,12 +23,6 @@ use crate::storage::{DIRECT_ALIGNMENT, Directory, Source, zeros};
 const PIECE: usize = 16 * GROUP;
 /// Bytes between two parts that are read along, because one read costs less than two.
 const GAP: u64 = 16 << 10;
-/// Below this many bytes, starting threads costs more than it gains.
-const WORTH_THREADS: u64 = 4 << 20;
-/// Most threads that read or hash.
-const MAX_THREADS: usize = 8;
-/// As many reads are under way at least, however few cores there are.
-const IN_FLIGHT: usize = 4;
 
 /// Where bytes go.
 enum Target<'a> {
@@ -137,12 +133,115 @@ fn plan(wanted: Vec<Wanted>) -> Vec<Piece> {
     pieces
 }
 
+/// A frame of a block: which of the files has it, from which byte on, and how long it is.
+struct Frame {
+    source: usize,
+    offset: u64,
+    length: usize,
+}
+
+/// A block of a storage that is coded.
+struct Block<'a> {
+    /// Which of those that are hashed.
+    index: usize,
+    /// Which of its blocks.
+    number: usize,
+    width: usize,
+    length: usize,
+    /// Its frame in each layer.
+    frames: Vec<Frame>,
+    /// Where it goes; `None` where only its frames are looked at.
+    bytes: Option<Target<'a>>,
+}
+
+/// What is read at once.
+enum Item<'a> {
+    Piece(Piece<'a>),
+    Block(Block<'a>),
+}
+
+impl Item<'_> {
+    /// Where the file has it.
+    fn place(&self) -> (usize, u64) {
+        match self {
+            Item::Piece(piece) => (piece.source, piece.start),
+            Item::Block(block) => {
+                let last = block.frames.last().expect("a block has a frame");
+                (last.source, last.offset)
+            }
+        }
+    }
+}
+
+/// What is wanted of something that is hashed.
+#[derive(Default)]
+struct Wishes<'a> {
+    parts: Vec<Wanted<'a>>,
+    blocks: Vec<Block<'a>>,
+}
+
+impl<'a> Wishes<'a> {
+    fn add(&mut self, others: Wishes<'a>) {
+        self.parts.extend(others.parts);
+        self.blocks.extend(others.blocks);
+    }
+
+    /// (bytes to read, what to read in the order in which the files have it).
+    fn planned(self) -> (u64, Vec<Item<'a>>) {
+        let parts: u64 = self.parts.iter().map(|wanted| wanted.length).sum();
+        let blocks: usize = self.blocks.iter().map(|block| block.length).sum();
+        let mut items: Vec<Item> = plan(self.parts).into_iter().map(Item::Piece).collect();
+        items.extend(self.blocks.into_iter().map(Item::Block));
+        items.sort_by_key(Item::place);
+        (parts + blocks as u64, items)
+    }
+}
+
+/// What was found of something that is hashed.
+struct Found {
+    bytes: Assembly,
+    /// Digests of the frames of each layer, if it is coded.
+    frames: Vec<Mutex<Vec<Digest>>>,
+    /// A block that its frames do not make.
+    undecoded: Mutex<Option<usize>>,
+}
+
+impl Found {
+    /// Nothing yet.
+    fn nothing(bytes: Assembly, layers: &[usize]) -> Found {
+        let frames = |count: &usize| Mutex::new(vec![Digest([0; 32]); *count]);
+        Found {
+            bytes,
+            frames: layers.iter().map(frames).collect(),
+            undecoded: Mutex::default(),
+        }
+    }
+
+    /// Digest of a layer's frames' digests.
+    fn check(&self, layer: usize) -> Digest {
+        let frames = self.frames[layer].lock().expect("nothing panics with it");
+        check_of(&frames)
+    }
+}
+
+/// What a layer is checked by.
+pub(super) fn check_of(frames: &[Digest]) -> Digest {
+    let mut hasher = Hasher::new();
+    for frame in frames {
+        hasher.update(&frame.0);
+    }
+    hasher.finish()
+}
+
 /// A thread's own memory, which its next piece finds as the last one left it.
 #[derive(Default)]
 struct Scratch {
     ordinary: Vec<u8>,
     /// On huge pages, aligned for reads past the system's cache.
     aligned: Option<Arena>,
+    decoder: Option<Decoder>,
+    block: Vec<u8>,
+    differences: Vec<u8>,
 }
 
 impl Scratch {
@@ -169,76 +268,140 @@ impl Scratch {
 }
 
 /// Reads what is wanted of what is hashed.
-fn read_all(sources: &[Source], digests: &[Assembly], wanted: Vec<Wanted>) -> Result<()> {
-    let total = wanted.iter().map(|wanted| wanted.length).sum();
-    each_in_parallel(total, plan(wanted), |scratch, piece| {
-        let source = &sources[piece.source];
-        let cold = source.is_cold(piece.start, piece.length);
-        let mut parts = piece.parts;
-        if let ([part], false) = (parts.as_mut_slice(), cold)
-            && let Target::Memory(memory) = &mut part.bytes
-        {
-            bring_in(memory);
-            source.read_exact_at(piece.start, memory)?;
-            digests[part.index].put(part.group, memory);
-            return Ok(());
-        }
-        let found = scratch.read(source, piece.start, piece.length, cold)?;
-        for part in parts {
-            let (digest, found) = (&digests[part.index], &found[part.at..part.at + part.length]);
-            match part.bytes {
-                Target::Nowhere => digest.put(part.group, found),
-                Target::Memory(memory) => {
-                    bring_in(memory);
-                    let grain = digest.grain();
-                    let groups = memory.chunks_mut(grain).zip(found.chunks(grain));
-                    for (group, (memory, found)) in groups.enumerate() {
-                        memory.copy_from_slice(found);
-                        digest.put(part.group + group, memory); // Still in the nearest cache.
-                    }
+fn read_all(sources: &[Source], found: &[Found], wishes: Wishes) -> Result<()> {
+    let (total, items) = wishes.planned();
+    each_in_parallel(total, items, |scratch: &mut Scratch, item| match item {
+        Item::Piece(piece) => read_piece(scratch, sources, found, piece),
+        Item::Block(block) => read_block(scratch, sources, &found[block.index], block),
+    })
+}
+
+fn read_piece(scratch: &mut Scratch, sources: &[Source], found: &[Found], piece: Piece) -> Result<()> {
+    let source = &sources[piece.source];
+    let cold = source.is_cold(piece.start, piece.length);
+    let mut parts = piece.parts;
+    if let ([part], false) = (parts.as_mut_slice(), cold)
+        && let Target::Memory(memory) = &mut part.bytes
+    {
+        bring_in(memory);
+        source.read_exact_at(piece.start, memory)?;
+        found[part.index].bytes.put(part.group, memory);
+        return Ok(());
+    }
+    let bytes = scratch.read(source, piece.start, piece.length, cold)?;
+    for part in parts {
+        let (digest, bytes) = (&found[part.index].bytes, &bytes[part.at..part.at + part.length]);
+        match part.bytes {
+            Target::Nowhere => digest.put(part.group, bytes),
+            Target::Memory(memory) => {
+                bring_in(memory);
+                let grain = digest.grain();
+                let groups = memory.chunks_mut(grain).zip(bytes.chunks(grain));
+                for (group, (memory, bytes)) in groups.enumerate() {
+                    memory.copy_from_slice(bytes);
+                    digest.put(part.group + group, memory); // Still in the nearest cache.
                 }
             }
         }
-        Ok(())
-    })
+    }
+    Ok(())
+}
+
+/// Reads a block's frames, and makes the block of them. That they do not make one is no error here: where their digests
+/// are not what they should be, that is.
+fn read_block(scratch: &mut Scratch, sources: &[Source], found: &Found, mut block: Block) -> Result<()> {
+    let (mut memory, mut differences) = (
+        std::mem::take(&mut scratch.block),
+        std::mem::take(&mut scratch.differences),
+    );
+    let mut decoder = scratch.decoder.take().unwrap_or_default();
+    let wanted = block.bytes.is_some();
+    let bytes = match &mut block.bytes {
+        Some(Target::Memory(bytes)) => {
+            bring_in(bytes);
+            &mut bytes[..]
+        }
+        _ => {
+            memory.resize(block.length.max(memory.len()), 0);
+            &mut memory[..block.length]
+        }
+    };
+    let mut decoded = true;
+    for (layer, frame) in block.frames.iter().enumerate() {
+        let source = &sources[frame.source];
+        let cold = source.is_cold(frame.offset, frame.length);
+        let coded = scratch.read(source, frame.offset, frame.length, cold)?;
+        found.frames[layer].lock().expect("nothing panics with it")[block.number] = Digest::of(coded);
+        if wanted && layer == 0 {
+            decoded = decoder.decode(coded, block.width, bytes).is_ok();
+        } else if wanted {
+            differences.resize(block.length.max(differences.len()), 0);
+            let differences = &mut differences[..block.length];
+            decoded = decoded && decoder.decode(coded, block.width, differences).is_ok();
+            coded::add(differences, bytes, block.width);
+            bytes.copy_from_slice(differences);
+        }
+    }
+    if !decoded {
+        *found.undecoded.lock().expect("nothing panics with it") = Some(block.number);
+    } else if wanted {
+        found
+            .bytes
+            .put(block.number * (BLOCK / found.bytes.grain()), bytes);
+    }
+    (scratch.block, scratch.differences, scratch.decoder) = (memory, differences, Some(decoder));
+    Ok(())
 }
 
 /// What is wrong with bytes that were read.
 struct Wrong {
     /// In which of the packs, if it is in one.
     pack: Option<u32>,
-    expected: Digest,
-    found: Digest,
+    expected: String,
+    found: String,
 }
 
 impl StorageEntry {
-    /// An assembly that sees what its packs have of it.
-    fn assembly(&self) -> Assembly {
-        Assembly::of_groups(self.length, self.grain())
+    /// What is found of it, before anything is.
+    fn found(&self) -> Found {
+        let layers: Vec<usize> = match &self.place {
+            Place::Whole { .. } | Place::Pieces(_) => Vec::new(),
+            Place::Coded(coded) => coded.layers.iter().map(|layer| layer.frames.len()).collect(),
+        };
+        Found::nothing(Assembly::of_groups(self.length, self.grain()), &layers)
     }
 
     /// Bytes of the groups that it is hashed in.
     fn grain(&self) -> usize {
         match &self.place {
-            Place::Whole { .. } => GROUP,
+            Place::Whole { .. } | Place::Coded(_) => GROUP,
             Place::Pieces(pieces) => pieces.chunk as usize,
         }
     }
 
-    /// Compares all its bytes with its digest, and what each pack has with what it should.
-    fn judge(&self, found: &Assembly) -> Option<Wrong> {
+    /// Compares what each pack has with what it should, and all its bytes with its digest.
+    fn judge(&self, found: &Found) -> Option<Wrong> {
         let wrong = |pack, expected: Digest, found: Digest| {
-            (expected != found).then_some(Wrong {
+            (expected != found).then(|| Wrong {
                 pack,
-                expected,
-                found,
+                expected: expected.short(),
+                found: found.short(),
             })
         };
-        let in_pack = |(pack, claim): &(u32, Claim)| wrong(Some(*pack), claim.expected, claim.found(found));
-        Claim::of(self)
-            .iter()
-            .find_map(in_pack)
-            .or_else(|| wrong(None, self.digest, found.finish()))
+        let mut claims = Claim::of(self).into_iter().enumerate();
+        let in_pack = claims
+            .find_map(|(layer, (pack, claim))| wrong(Some(pack), claim.expected, claim.found(found, layer)));
+        let undecoded = || {
+            let block = (*found.undecoded.lock().expect("nothing panics with it"))?;
+            Some(Wrong {
+                pack: None,
+                expected: self.digest.short(),
+                found: format!("frames that make no block {block}"),
+            })
+        };
+        in_pack
+            .or_else(undecoded)
+            .or_else(|| wrong(None, self.digest, found.bytes.finish()))
     }
 }
 
@@ -248,12 +411,39 @@ fn want<'a>(
     entry: &StorageEntry,
     mut bytes: Target<'a>,
     mut source: impl FnMut(u32) -> Result<usize>,
-) -> Result<Vec<Wanted<'a>>> {
+) -> Result<Wishes<'a>> {
     let grain = entry.grain();
-    let (mut at, mut wanted) = (0, Vec::new());
+    let mut wishes = Wishes::default();
+    if let Place::Coded(Coded { width, layers }) = &entry.place {
+        let mut cursors = Vec::with_capacity(layers.len());
+        for layer in layers {
+            cursors.push((source(layer.pack)?, layer.frames_at()));
+        }
+        for (number, start) in (0..entry.length).step_by(BLOCK).enumerate() {
+            let length = (entry.length - start).min(BLOCK as u64) as usize;
+            let frames = cursors.iter_mut().map(|(source, frames)| {
+                let (offset, length) = frames.next().expect("a layer has a frame for each block");
+                Frame {
+                    source: *source,
+                    offset,
+                    length,
+                }
+            });
+            wishes.blocks.push(Block {
+                index,
+                number,
+                width: *width as usize,
+                length,
+                frames: frames.collect(),
+                bytes: Some(bytes.cut_off(length)),
+            });
+        }
+        return Ok(wishes);
+    }
+    let mut at = 0;
     for (pack, offset, length) in entry.place.pieces(entry.length) {
         let bytes = bytes.cut_off(length as usize);
-        wanted.push(Wanted {
+        wishes.parts.push(Wanted {
             index,
             grain,
             at,
@@ -264,7 +454,18 @@ fn want<'a>(
         });
         at += length;
     }
-    Ok(wanted)
+    Ok(wishes)
+}
+
+impl Layer {
+    /// (offset, length) of each of its frames.
+    fn frames_at(&self) -> impl Iterator<Item = (u64, usize)> {
+        let mut offset = self.offset;
+        self.frames.iter().map(move |length| {
+            offset += length;
+            (offset - length, *length as usize)
+        })
+    }
 }
 
 impl Checkpoint {
@@ -362,27 +563,32 @@ impl Checkpoint {
             packs.insert(pack, sources.len() - 1);
             Ok(sources.len() - 1)
         };
-        let mut wanted = Vec::with_capacity(targets.len());
+        let mut wishes = Wishes::default();
         let mut storages = Vec::with_capacity(targets.len());
         for (index, (storage, bytes)) in targets.into_iter().enumerate() {
-            wanted.extend(want(index, self.entry(storage)?, bytes, &mut open)?);
+            wishes.add(want(index, self.entry(storage)?, bytes, &mut open)?);
             storages.push(storage);
         }
         let entries = storages.iter().map(|&storage| &self.manifest.storages[storage]);
-        let digests: Vec<Assembly> = entries.clone().map(StorageEntry::assembly).collect();
-        read_all(&sources, &digests, wanted)?;
-        for ((&storage, entry), digest) in storages.iter().zip(entries).zip(&digests) {
-            if let Some(wrong) = entry.judge(digest) {
+        let found: Vec<Found> = entries.clone().map(StorageEntry::found).collect();
+        read_all(&sources, &found, wishes)?;
+        for ((&storage, entry), found) in storages.iter().zip(entries).zip(&found) {
+            if let Some(wrong) = entry.judge(found) {
                 let leaf = leaf_of(&self.manifest.tree, storage);
                 let path = match wrong.pack {
                     Some(pack) => sources[packs[&pack]].path(),
                     None => self.info.path.clone(), // Each pack has what the manifest says, which cannot be.
                 };
-                return Err(damaged(path, leaf, &wrong.expected, &wrong.found));
+                return Err(Error::Damaged {
+                    path,
+                    part: leaf,
+                    expected: wrong.expected,
+                    found: wrong.found,
+                });
             }
         }
-        for (storage, digest) in storages.into_iter().zip(digests) {
-            self.note_chunks(storage, digest);
+        for (storage, found) in storages.into_iter().zip(found) {
+            self.note_chunks(storage, found.bytes);
         }
         Ok(())
     }
@@ -399,52 +605,130 @@ impl Checkpoint {
 /// What a manifest says of one pack: that it has bytes of a storage.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Claim {
-    /// The storage's length.
-    length: u64,
-    grain: usize,
-    /// Digest of the storage, or, where others have the rest of it, of its groups' values.
     expected: Digest,
-    is_whole: bool,
-    /// (first byte in the storage, first byte in the pack, length).
-    parts: Vec<(u64, u64, u64)>,
+    what: Claimed,
+}
+
+/// What of a storage a pack has.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Claimed {
+    /// All of it: the digest is the storage's. Or some of it: the digest is of those groups' values.
+    Groups {
+        /// The storage's length.
+        length: u64,
+        grain: usize,
+        is_whole: bool,
+        /// (first byte in the storage, first byte in the pack, length).
+        parts: Vec<(u64, u64, u64)>,
+    },
+    /// A layer: the digest is of its frames' digests. Each frame's first byte in the pack, and its length.
+    Frames(Vec<(u64, usize)>),
 }
 
 impl Claim {
     /// What a storage says of each pack that it is in, by the pack's index.
     pub(crate) fn of(entry: &StorageEntry) -> Vec<(u32, Claim)> {
-        let claim = |expected, is_whole| Claim {
-            length: entry.length,
-            grain: entry.grain(),
-            expected,
-            is_whole,
-            parts: Vec::new(),
-        };
-        let mut claims: Vec<(u32, Claim)> = match &entry.place {
-            Place::Whole { pack, .. } => vec![(*pack, claim(entry.digest, true))],
+        if let Place::Coded(Coded { layers, .. }) = &entry.place {
+            let claim = |layer: &Layer| {
+                let what = Claimed::Frames(layer.frames_at().collect());
+                let expected = layer.check;
+                (layer.pack, Claim { expected, what })
+            };
+            return layers.iter().map(claim).collect();
+        }
+        // (pack, digest, whether the digest is the storage's)
+        let packs: Vec<(u32, Digest, bool)> = match &entry.place {
             Place::Pieces(Pieces { sources, .. }) => sources
                 .iter()
-                .map(|source| (source.pack, claim(source.check, false)))
+                .map(|source| (source.pack, source.check, false))
+                .collect(),
+            place => place
+                .whole()
+                .map(|(pack, _)| (pack, entry.digest, true))
+                .into_iter()
                 .collect(),
         };
+        let mut parts: Vec<Vec<(u64, u64, u64)>> = vec![Vec::new(); packs.len()];
         let mut at = 0;
         for (pack, offset, length) in entry.place.pieces(entry.length) {
-            let of_pack = claims.iter_mut().find(|(number, _)| *number == pack);
-            let (_, claim) = of_pack.expect("every piece is in a pack of its storage");
-            claim.parts.push((at, offset, length));
+            let of_pack = packs.iter().position(|(number, ..)| *number == pack);
+            parts[of_pack.expect("every piece is in a pack of its storage")].push((at, offset, length));
             at += length;
         }
-        claims
+        let claim = |((pack, expected, is_whole), parts): ((u32, Digest, bool), _)| {
+            let what = Claimed::Groups {
+                length: entry.length,
+                grain: entry.grain(),
+                is_whole,
+                parts,
+            };
+            (pack, Claim { expected, what })
+        };
+        packs.into_iter().zip(parts).map(claim).collect()
     }
 
-    fn found(&self, digest: &Assembly) -> Digest {
-        if self.is_whole {
-            return digest.finish();
+    /// What is found of a storage of which only this is looked at, before anything is.
+    fn nothing(&self) -> Found {
+        match &self.what {
+            Claimed::Groups { length, grain, .. } => {
+                Found::nothing(Assembly::of_groups(*length, *grain), &[])
+            }
+            Claimed::Frames(frames) => Found::nothing(Assembly::new(0), &[frames.len()]),
         }
-        let groups = |&(at, _, length): &(u64, u64, u64)| {
-            let first = at as usize / self.grain;
-            first..first + (length as usize).div_ceil(self.grain)
-        };
-        digest.digest_of_values(self.parts.iter().map(groups))
+    }
+
+    /// What is wanted to judge it alone, from the one file.
+    fn wishes(&self, index: usize) -> Wishes<'static> {
+        match &self.what {
+            Claimed::Groups { grain, parts, .. } => {
+                let part = |&(at, offset, length): &(u64, u64, u64)| Wanted {
+                    index,
+                    grain: *grain,
+                    at,
+                    source: 0,
+                    offset,
+                    length,
+                    bytes: Target::Nowhere,
+                };
+                Wishes {
+                    parts: parts.iter().map(part).collect(),
+                    blocks: Vec::new(),
+                }
+            }
+            Claimed::Frames(frames) => {
+                let block = |(number, &(offset, length)): (usize, &(u64, usize))| Block {
+                    index,
+                    number,
+                    width: 1,
+                    length,
+                    frames: vec![Frame {
+                        source: 0,
+                        offset,
+                        length,
+                    }],
+                    bytes: None,
+                };
+                Wishes {
+                    parts: Vec::new(),
+                    blocks: frames.iter().enumerate().map(block).collect(),
+                }
+            }
+        }
+    }
+
+    /// What there is in its place; `layer` is which of the storage's layers it is, if it is one.
+    fn found(&self, found: &Found, layer: usize) -> Digest {
+        match &self.what {
+            Claimed::Frames(_) => found.check(layer),
+            Claimed::Groups { is_whole: true, .. } => found.bytes.finish(),
+            Claimed::Groups { grain, parts, .. } => {
+                let groups = |&(at, _, length): &(u64, u64, u64)| {
+                    let first = at as usize / grain;
+                    first..first + (length as usize).div_ceil(*grain)
+                };
+                found.bytes.digest_of_values(parts.iter().map(groups))
+            }
+        }
     }
 }
 
@@ -455,22 +739,14 @@ impl Claim {
 /// `Damaged`; where it is in a storage's bytes, the part is that claim's number: `storage 3`.
 pub(crate) fn verify_pack(directory: &Directory, pack: &PackEntry, claims: &[Claim]) -> Result<()> {
     let sources = [check_pack(directory, pack)?];
-    let assembly = |claim: &Claim| Assembly::of_groups(claim.length, claim.grain);
-    let digests: Vec<Assembly> = claims.iter().map(assembly).collect();
-    let wanted = claims.iter().enumerate().flat_map(|(index, claim)| {
-        claim.parts.iter().map(move |&(at, offset, length)| Wanted {
-            index,
-            grain: claim.grain,
-            at,
-            source: 0,
-            offset,
-            length,
-            bytes: Target::Nowhere,
-        })
-    });
-    read_all(&sources, &digests, wanted.collect())?;
-    for (index, (claim, digest)) in claims.iter().zip(&digests).enumerate() {
-        let found = claim.found(digest);
+    let found: Vec<Found> = claims.iter().map(Claim::nothing).collect();
+    let mut wishes = Wishes::default();
+    for (index, claim) in claims.iter().enumerate() {
+        wishes.add(claim.wishes(index));
+    }
+    read_all(&sources, &found, wishes)?;
+    for (index, (claim, found)) in claims.iter().zip(&found).enumerate() {
+        let found = claim.found(found, 0);
         if found != claim.expected {
             let (path, part) = (sources[0].path(), format!("storage {index}"));
             return Err(damaged(path, part, &claim.expected, &found));
@@ -485,10 +761,10 @@ pub(super) fn is_there(directory: &Directory, packs: &[PackEntry], entry: &Stora
     for pack in packs {
         sources.push(open_pack(directory, pack)?);
     }
-    let wanted = want(0, entry, Target::Nowhere, |pack| Ok(pack as usize))?;
-    let digests = [entry.assembly()];
-    read_all(&sources, &digests, wanted)?;
-    Ok(entry.judge(&digests[0]).is_none())
+    let wishes = want(0, entry, Target::Nowhere, |pack| Ok(pack as usize))?;
+    let found = [entry.found()];
+    read_all(&sources, &found, wishes)?;
+    Ok(entry.judge(&found[0]).is_none())
 }
 
 /// Opens a pack and checks its header.
@@ -545,50 +821,10 @@ pub(super) fn digest_all(regions: &[(&[u8], usize)]) -> Vec<Assembly> {
         let parts = region.chunks(PIECE).enumerate();
         parts.map(move |(index, part)| (digest, index, part))
     });
-    let done = each_in_parallel(total, pieces.collect(), |_, (digest, index, part)| {
+    let done = each_in_parallel(total, pieces.collect(), |(), (digest, index, part)| {
         digest.put(index * (PIECE / digest.grain()), part);
         Ok(())
     });
     done.expect("hashing memory cannot fail");
     digests
-}
-
-/// Does `work` on each item, on several threads if `total_bytes` is worth it. The first error stops the rest. Each thread
-/// has memory of its own, which its next item finds as the last one left it.
-fn each_in_parallel<T: Send>(
-    total_bytes: u64,
-    items: Vec<T>,
-    work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
-) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let threads = cores.clamp(IN_FLIGHT, MAX_THREADS).min(items.len());
-    if total_bytes < WORTH_THREADS || threads < 2 {
-        let mut scratch = Scratch::default();
-        return items.into_iter().try_for_each(|item| work(&mut scratch, item));
-    }
-    let items = Mutex::new(items.into_iter());
-    let failed = AtomicBool::new(false);
-    let take_turns = || {
-        let mut scratch = Scratch::default();
-        while !failed.load(Ordering::Relaxed) {
-            let Some(item) = items.lock().expect("nothing panics with it").next() else {
-                break;
-            };
-            if let Err(error) = work(&mut scratch, item) {
-                failed.store(true, Ordering::Relaxed);
-                return Err(error);
-            }
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(take_turns)).collect();
-        let own = take_turns();
-        helpers.into_iter().fold(own, |outcome, helper| {
-            let theirs = helper
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            outcome.and(theirs)
-        })
-    })
 }

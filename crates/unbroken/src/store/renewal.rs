@@ -56,6 +56,9 @@ impl Renewal {
         (known, before): (Known, &Chunks),
         values: &Chunks,
     ) -> Option<Renewal> {
+        if matches!(known.place, Place::Coded(_)) {
+            return None; // Its chunks are nowhere as they are.
+        }
         let chunk = chunk_size(length);
         let mut places = Vec::with_capacity(values.len());
         let pieces = known.place.pieces(length as u64);
@@ -186,8 +189,8 @@ impl Renewal {
     /// How many pieces it will have.
     fn count(&self) -> usize {
         match self.place(u32::MAX, 0, index_among(&self.packs)) {
-            Place::Whole { .. } => 1,
             Place::Pieces(pieces) => pieces.pieces.len(),
+            _ => 1,
         }
     }
 }

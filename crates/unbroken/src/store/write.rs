@@ -11,10 +11,13 @@ use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
+use super::compression::{Against, Bases, Candidate, Compressed, Made, compress, memory_for, widths};
 use super::read::{digest_all, is_there, open_pack};
 use super::renewal::{Chunks, Renewal, chunk_size, digests_of, settle};
-use super::{CHECKPOINTS, Checkpoint, Habit, Known, OBJECTS, Store, is_damage, pack_tensors};
+use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Known, OBJECTS, Store};
+use super::{is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
+use crate::arena::Arena;
 use crate::digest::{Digest, Fingerprint, GROUP, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
@@ -75,12 +78,40 @@ enum Origin {
 /// What goes into a new pack.
 struct Addition {
     storage: usize,
-    /// Which parts of it.
-    parts: Vec<Range<usize>>,
-    /// The parts' digests, where they were digested first.
+    content: Content,
+    /// The digests of what is written, part by part, where it was digested first.
     digests: Option<Vec<Digest>>,
-    /// How the rest is where it was, if it is not written whole.
-    renewal: Option<Renewal>,
+}
+
+/// What is written of a storage.
+enum Content {
+    /// All of it, as it is.
+    Whole,
+    /// The parts that changed; the rest is where it was.
+    Changed(Renewal, Vec<Range<usize>>),
+    /// All of it, coded.
+    Coded(Compressed),
+}
+
+impl Addition {
+    /// What is written, part by part.
+    fn parts<'a>(&'a self, storages: &[&'a [u8]]) -> Vec<&'a [u8]> {
+        let bytes = storages[self.storage];
+        match &self.content {
+            Content::Whole => vec![bytes],
+            Content::Changed(_, parts) => parts.iter().map(|part| &bytes[part.clone()]).collect(),
+            Content::Coded(coded) => coded.frames.iter().map(Vec::as_slice).collect(),
+        }
+    }
+
+    /// How a pack shows it: what else than the storage's bytes it is, and how many bytes.
+    fn shown(&self) -> Option<(&'static str, u64)> {
+        match &self.content {
+            Content::Whole => None,
+            Content::Changed(_, parts) => Some((CHANGED, parts.iter().map(|part| part.len() as u64).sum())),
+            Content::Coded(coded) => Some((COMPRESSED, coded.length())),
+        }
+    }
 }
 
 /// A pack to write.
@@ -97,6 +128,8 @@ struct Plan {
     origins: Vec<Origin>,
     packs: Vec<PackEntry>,
     new: Vec<NewPack>,
+    /// What of it was coded, but for the frames, which are in the packs.
+    made: Made,
 }
 
 /// The packs that a manifest will name.
@@ -172,7 +205,7 @@ impl Store {
         still: bool,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
-        let plan = self.plan(&commit)?;
+        let mut plan = self.plan(&commit)?;
         let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
@@ -210,6 +243,10 @@ impl Store {
                 return Err(self.with_space(error, needed));
             }
         };
+        self.bases = plan.made.take_base(&manifest).or_else(|| self.bases.take());
+        if let Some(bases) = &mut self.bases {
+            bases.note(&plan.made);
+        }
         self.remember(&manifest.storages, &commit.storages, plan.found);
         let checkpoint = Checkpoint::new(&self.directory, &name, manifest);
         self.admit(&checkpoint, true);
@@ -262,22 +299,17 @@ impl Store {
         tree: &Value,
     ) -> Result<Vec<Digest>> {
         let in_order = || new.layout.order.iter().map(|&at| (at, &new.additions[at]));
-        let regions = in_order().flat_map(|(_, addition)| {
-            let bytes = storages[addition.storage];
-            addition.parts.iter().map(move |part| &bytes[part.clone()])
-        });
+        let parts: Vec<Vec<&[u8]>> = in_order().map(|(_, addition)| addition.parts(storages)).collect();
+        let regions = parts.iter().flatten().copied();
         let digests = pack_writer::write(file, &new.layout.header, regions, still, &mut self.buffers)?;
         let mut digests = digests.as_slice();
         let mut written = vec![Digest([0; 32]); new.additions.len()];
-        for (at, addition) in in_order() {
-            let (found, rest) = digests.split_at(addition.parts.len());
+        for ((at, addition), parts) in in_order().zip(&parts) {
+            let (found, rest) = digests.split_at(parts.len());
             digests = rest;
             written[at] = *found.first().expect("what is added has parts");
             if addition.digests.as_ref().is_some_and(|known| known != found) {
-                let leaf = leaf_of(tree, addition.storage);
-                return Err(Error::invalid(format!(
-                    "`{leaf}` changed while it was being saved"
-                )));
+                return Err(changed(tree, addition.storage));
             }
         }
         Ok(written)
@@ -339,29 +371,93 @@ impl Store {
 
         // What stays for long is not among what is all new each time: its pack would stay, too. The latter comes last,
         // where a saver in the background looks for it.
-        let mut additions: [Vec<Addition>; 2] = Default::default();
-        for (index, bytes) in storages.iter().enumerate() {
-            if !matches!(fates[index], Fate::New) {
-                continue;
+        let mut found = found;
+        let [mut lasting, mut dense]: [Vec<Addition>; 2] = Default::default();
+        let mut candidates = Vec::new();
+        for index in (0..storages.len()).filter(|&index| matches!(fates[index], Fate::New)) {
+            let (content, digests) = match renewals.remove(&index) {
+                Some(renewal) => {
+                    let parts = renewal.written();
+                    let digests = digests_of(&parts, storages[index]);
+                    (Content::Changed(renewal, parts), Some(digests))
+                }
+                None => (
+                    Content::Whole,
+                    found[index].as_ref().map(|found| vec![found.digest]),
+                ),
+            };
+            let lasts = sparse[index] || matches!(content, Content::Changed(..));
+            if !lasts {
+                candidates.push(index);
             }
-            let renewal = renewals.remove(&index);
-            let parts = match &renewal {
-                Some(renewal) => renewal.written(),
-                None => std::iter::once(0..bytes.len()).collect(),
-            };
-            let digests = match (&renewal, &found[index]) {
-                (Some(_), _) => Some(digests_of(&parts, bytes)),
-                (None, found) => found.as_ref().map(|found| vec![found.digest]),
-            };
-            let group = usize::from(renewal.is_none() && !sparse[index]);
-            additions[group].push(Addition {
+            let group = if lasts { &mut lasting } else { &mut dense };
+            group.push(Addition {
                 storage: index,
-                parts,
+                content,
                 digests,
-                renewal,
             });
         }
-        lay_out(commit, found, &fates, additions)
+        let mut made = self.compress(commit, &candidates, &fates)?;
+        let coded = take_coded(&mut made, &mut dense, &mut found, &commit.tree)?;
+        lay_out(commit, found, &fates, [lasting, coded, dense], made)
+    }
+
+    /// Codes those storages that are worth it, where that was asked for.
+    fn compress(&mut self, commit: &Commit, among: &[usize], fates: &[Fate]) -> Result<Made> {
+        if self.tuning.compression == Compression::None {
+            return Ok(Made::default());
+        }
+        let widths = widths(&commit.tree, commit.storages.len());
+        let candidate = |&storage: &usize| Candidate {
+            storage,
+            bytes: commit.storages[storage],
+            width: widths[storage],
+        };
+        let of = |fate: &Fate| match fate {
+            Fate::There(known) => manifest::frame_count(&known.place),
+            Fate::Same(_) | Fate::New => 0,
+        };
+        let mut frames: usize = fates.iter().map(of).sum();
+        let mut candidates: Vec<Candidate> = among.iter().map(candidate).filter(Candidate::is_one).collect();
+        candidates.retain(|candidate| {
+            frames += 2 * candidate.frames(); // In two layers at most.
+            frames <= manifest::MAX_FRAMES
+        });
+        let against = match self.tuning.compression {
+            Compression::None | Compression::Alone => Against::Nothing,
+            Compression::Differences if candidates.is_empty() => Against::Nothing,
+            Compression::Differences => match self.sound_bases()? {
+                Some(bases) => Against::Bases(bases),
+                None => Against::Later(self.memory_for_bases(&candidates)?),
+            },
+        };
+        compress(&candidates, against)
+    }
+
+    /// What differences can be to: it is known, still there, and not worn.
+    fn sound_bases(&self) -> Result<Option<&Bases>> {
+        let Some(bases) = self.bases.as_ref().filter(|bases| !bases.is_worn()) else {
+            return Ok(None);
+        };
+        for pack in bases.packs() {
+            match open_pack(&self.directory, pack) {
+                Ok(_) => {}
+                Err(error) if is_damage(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(bases))
+    }
+
+    /// Memory for what later commits are differences to: that of what they were to so far, where it is enough.
+    fn memory_for_bases(&mut self, candidates: &[Candidate]) -> Result<Arena> {
+        let needed = memory_for(candidates);
+        let kept = self.bases.take().map(Bases::into_memory);
+        match kept.filter(|memory| memory.len() >= needed) {
+            Some(memory) => Ok(memory),
+            None => Arena::new(needed)
+                .map_err(|error| Error::io("take memory to compress", self.directory.path(OBJECTS), error)),
+        }
     }
 
     /// Decides storage by storage, as if each were alone.
@@ -507,7 +603,9 @@ impl Store {
             }
         };
         self.habits = storages.iter().enumerate().zip(found).map(habit).collect();
-        self.places.retain(|_, known| known.place.whole().is_some()); // Older ones' pieces.
+        // Older ones' pieces.
+        self.places
+            .retain(|_, known| !matches!(known.place, Place::Pieces(_)));
     }
 
     /// Where equal bytes are that can be relied on. What this process never read is read first.
@@ -604,12 +702,50 @@ impl Store {
     }
 }
 
+/// Takes what was coded from among what would be written as it is.
+fn take_coded(
+    made: &mut Made,
+    dense: &mut Vec<Addition>,
+    found: &mut [Option<Found>],
+    tree: &Value,
+) -> Result<Vec<Addition>> {
+    let coded = std::mem::take(&mut made.compressed);
+    let storages: HashSet<usize> = coded.iter().map(|coded| coded.storage).collect();
+    dense.retain(|addition| !storages.contains(&addition.storage));
+    let addition = |coded: Compressed| {
+        let storage = coded.storage;
+        match &found[storage] {
+            Some(found) if found.digest != coded.digest => return Err(changed(tree, storage)),
+            Some(_) => {}
+            None => {
+                found[storage] = Some(Found {
+                    digest: coded.digest,
+                    chunks: None,
+                });
+            }
+        }
+        Ok(Addition {
+            storage,
+            digests: Some(coded.digests.clone()),
+            content: Content::Coded(coded),
+        })
+    };
+    coded.into_iter().map(addition).collect()
+}
+
+/// What a storage's bytes came out otherwise the second time is told as.
+fn changed(tree: &Value, storage: usize) -> Error {
+    let leaf = leaf_of(tree, storage);
+    Error::invalid(format!("`{leaf}` changed while it was being saved"))
+}
+
 /// Lays the new packs out, and says where everything is then.
 fn lay_out(
     commit: &Commit,
     found: Vec<Option<Found>>,
     fates: &[Fate],
-    additions: [Vec<Addition>; 2],
+    additions: [Vec<Addition>; 3],
+    made: Made,
 ) -> Result<Plan> {
     let mut packs = Packs::default();
     let mut origins: Vec<Option<Origin>> = fates
@@ -622,21 +758,18 @@ fn lay_out(
             Fate::Same(_) | Fate::New => None,
         })
         .collect();
-    let renewals = additions
-        .iter()
-        .flatten()
-        .filter_map(|addition| addition.renewal.as_ref());
-    for pack in renewals.flat_map(Renewal::kept_in) {
-        packs.number(pack);
+    let renewal = |addition: &Addition| match &addition.content {
+        Content::Changed(renewal, _) => renewal.kept_in().cloned().collect(),
+        Content::Whole | Content::Coded(_) => Vec::new(),
+    };
+    for pack in additions.iter().flatten().flat_map(renewal) {
+        packs.number(&pack);
     }
     let mut new: Vec<NewPack> = Vec::new();
     for additions in additions.into_iter().filter(|additions| !additions.is_empty()) {
-        let shown: Vec<(usize, Option<u64>)> = additions
+        let shown: Vec<_> = additions
             .iter()
-            .map(|addition| {
-                let bytes = || addition.parts.iter().map(|part| part.len() as u64).sum();
-                (addition.storage, addition.renewal.as_ref().map(|_| bytes()))
-            })
+            .map(|addition| (addition.storage, addition.shown()))
             .collect();
         let layout = pack::plan(&pack_tensors(&commit.tree, &commit.storages, &shown))?;
         let number = packs.number(&PackEntry {
@@ -645,12 +778,13 @@ fn lay_out(
             header_digest: layout.header_digest,
         });
         for (position, addition) in additions.iter().enumerate() {
-            origins[addition.storage] = Some(match &addition.renewal {
-                None => Origin::New(new.len(), position),
-                Some(renewal) => {
-                    let offset = layout.offsets[position];
+            let offset = layout.offsets[position];
+            origins[addition.storage] = Some(match &addition.content {
+                Content::Whole => Origin::New(new.len(), position),
+                Content::Changed(renewal, _) => {
                     Origin::At(renewal.place(number, offset, |pack| packs.number(pack)))
                 }
+                Content::Coded(coded) => Origin::At(coded.place(number, offset, |pack| packs.number(pack))),
             });
         }
         new.push(NewPack {
@@ -672,5 +806,6 @@ fn lay_out(
             .collect(),
         packs: packs.entries,
         new,
+        made,
     })
 }

@@ -24,7 +24,7 @@ use crate::run::{self, Difference, Run};
 use crate::state::Value;
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
-use crate::store::{Checkpoint, Commit, Retention};
+use crate::store::{Checkpoint, Commit, Compression, Retention, Tuning};
 
 const IN_EPOCH: u8 = 0;
 const BETWEEN_EPOCHS: u8 = 1;
@@ -52,6 +52,7 @@ pub struct Options {
     epochs: u64,
     policy: Policy,
     keep: Retention,
+    compression: Compression,
     level: Level,
     identity: Vec<(String, Value)>,
     allow: Vec<String>,
@@ -73,6 +74,7 @@ impl Training {
                 last: Some(3),
                 ..Retention::default()
             },
+            compression: Compression::None,
             level: Level::Sampled,
             identity: Vec::new(),
             allow: Vec::new(),
@@ -106,6 +108,11 @@ impl Options {
     /// What to keep; by default the newest three.
     pub fn keep(self, keep: Retention) -> Options {
         Options { keep, ..self }
+    }
+
+    /// Whether checkpoints are compressed; by default they are not. Each life may do otherwise.
+    pub fn compress(self, compression: Compression) -> Options {
+        Options { compression, ..self }
     }
 
     /// How much of the state each record digests; by default a sample. `UNBROKEN_JOURNAL` overrides it.
@@ -198,7 +205,10 @@ impl Options {
                 seed: self.seed,
                 settings: vec![("front".to_owned(), Value::from("rust"))],
                 strict: self.strict,
-                ..run::Options::default()
+                tuning: Tuning {
+                    compression: self.compression,
+                    ..Tuning::default()
+                },
             },
         )?;
         let mut training = Training::new(self, run, proof);

@@ -11,8 +11,11 @@ use std::sync::Arc;
 use arbitrary::{Result, Unstructured};
 use unbroken::certificate::Certificate;
 use unbroken::digest::{Assembly, Digest, Hasher};
+use unbroken::format::coded::{self, BLOCK, Coder, Decoder, Planes, WIDTHS};
 use unbroken::format::journal::{self, Component, Record, SegmentHeader, SegmentReader};
-use unbroken::format::manifest::{self, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry};
+use unbroken::format::manifest::{
+    self, Coded, Layer, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry,
+};
 use unbroken::format::{pack, value};
 use unbroken::run::{Options, Run};
 use unbroken::state::{Tensor, Value};
@@ -127,13 +130,16 @@ pub fn seal_manifest(version: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// In one piece, or in some, of which many could be.
+/// In one piece, coded, or in some pieces, of which many could be.
 fn any_place(bytes: &mut Unstructured) -> Result<Place> {
     if bytes.ratio(1, 2)? {
         return Ok(Place::Whole {
             pack: bytes.int_in_range(0..=3)?,
             offset: any_size(bytes)?,
         });
+    }
+    if bytes.ratio(1, 2)? {
+        return any_coded(bytes);
     }
     let (sources, pieces) = (bytes.int_in_range(0..=3)?, bytes.int_in_range(0..=4)?);
     let chunk = *bytes.choose(&[4096, 8192, 65536, 0, 12_288, u64::MAX])?;
@@ -156,6 +162,23 @@ fn any_place(bytes: &mut Unstructured) -> Result<Place> {
                 })
             })
             .collect::<Result<_>>()?,
+    }))
+}
+
+fn any_coded(bytes: &mut Unstructured) -> Result<Place> {
+    let layers = bytes.int_in_range(0..=3)?;
+    let layer = |bytes: &mut Unstructured| {
+        let frames: u8 = bytes.int_in_range(0..=3)?;
+        Ok(Layer {
+            pack: bytes.int_in_range(0..=3)?,
+            check: Digest(bytes.arbitrary()?),
+            offset: any_size(bytes)?,
+            frames: (0..frames).map(|_| any_size(bytes)).collect::<Result<_>>()?,
+        })
+    };
+    Ok(Place::Coded(Coded {
+        width: *bytes.choose(&[1, 2, 4, 8, 3, u64::MAX])?,
+        layers: (0..layers).map(|_: u8| layer(bytes)).collect::<Result<_>>()?,
     }))
 }
 
@@ -212,12 +235,35 @@ pub fn manifests(bytes: &[u8]) {
     again(bytes);
     again(&seal_manifest(1, bytes));
     again(&seal_manifest(2, bytes));
+    again(&seal_manifest(3, bytes));
     if let Ok(any) = any_manifest(&mut Unstructured::new(bytes))
         && let Ok((encoded, _)) = manifest::encode(&any)
     {
         manifest::decode(&encoded).expect("what was written can be read");
         again(&encoded);
     }
+}
+
+/// A frame makes a block of the length that was asked for, or none; a block that was coded is the block again. `bytes`
+/// are both, behind a width and a length.
+pub fn frames(bytes: &[u8]) {
+    let [width, length, high, bytes @ ..] = bytes else {
+        return;
+    };
+    let width = WIDTHS[usize::from(width % 4)] as usize;
+    let length = usize::from(u16::from_le_bytes([*length, *high])) * 5;
+    let mut decoder = Decoder::default();
+    let _ = decoder.decode(bytes, width, &mut vec![0; length]);
+    let (half, base) = (bytes.len() / 2, bytes.len() / 2 * 2);
+    let mut block = bytes[..half].to_vec();
+    coded::subtract(&mut block, &bytes[half..base], width);
+    let frame = Coder::default().encode(&block, width, Planes::ALL).to_vec();
+    let mut again = vec![7; half];
+    decoder
+        .decode(&frame, width, &mut again)
+        .expect("what was coded can be read");
+    coded::add(&mut again, &bytes[half..base], width);
+    assert_eq!(again, bytes[..half]);
 }
 
 /// A pack header that is read lists what lies inside the file, in its place.
@@ -389,7 +435,7 @@ fn put_any(storage: &MemoryStorage, bytes: &mut Unstructured, number: u32) -> Re
     match sort {
         0 => storage.put("run.toml", bytes.bytes(length)?.to_vec()),
         1 => {
-            let sealed = seal_manifest(bytes.int_in_range(1..=2)?, bytes.bytes(length)?);
+            let sealed = seal_manifest(bytes.int_in_range(1..=3)?, bytes.bytes(length)?);
             put_manifest(storage, sealed, number);
         }
         2 => {
@@ -441,12 +487,27 @@ fn put_manifest(storage: &MemoryStorage, sealed: Vec<u8>, number: u32) {
     storage.put(&format!("checkpoints/{name}"), sealed);
 }
 
+/// The frame of a block, or almost so.
+fn any_frame(bytes: &mut Unstructured, block: Vec<u8>) -> Result<Vec<u8>> {
+    let width = *bytes.choose(&WIDTHS)? as usize;
+    let mut frame = Coder::default().encode(&block, width, Planes::ALL).to_vec();
+    if !frame.is_empty() && bytes.ratio(1, 2)? {
+        let at = bytes.int_in_range(0..=frame.len() - 1)?;
+        frame[at] = bytes.arbitrary()?;
+    }
+    Ok(frame)
+}
+
 /// A checkpoint with a pack that fits it, so that it is taken; what its tree says of the storage is the stranger's.
 fn put_whole(storage: &MemoryStorage, bytes: &mut Unstructured, number: u32) -> Result<()> {
-    let in_pieces = bytes.ratio(1, 3)?;
+    let (in_pieces, is_coded) = (bytes.ratio(1, 3)?, bytes.ratio(1, 3)?);
     let mut content: Vec<u8> = bytes.arbitrary()?;
     if in_pieces {
         content.resize(3 * CHUNK as usize - 7, 1);
+    }
+    let block = content.clone();
+    if is_coded && !in_pieces {
+        content = any_frame(bytes, content)?;
     }
     let tensor = pack::describe("weight".to_owned(), content.len() as u64, None);
     let layout = pack::plan(&[tensor]).expect("one plain tensor can be laid out");
@@ -487,6 +548,23 @@ fn put_whole(storage: &MemoryStorage, bytes: &mut Unstructured, number: u32) -> 
             chunk: CHUNK,
             sources: vec![Source { pack: 0, check }],
             pieces,
+        });
+    }
+    if is_coded && !in_pieces {
+        entry.digest = Digest::of(&block);
+        entry.length = match bytes.int_in_range(0..=5)? {
+            0 => any_size(bytes)?,
+            1 => BLOCK as u64,
+            _ => block.len() as u64,
+        };
+        entry.place = Place::Coded(Coded {
+            width: *bytes.choose(&WIDTHS)?,
+            layers: vec![Layer {
+                pack: 0,
+                check: Digest::of(&Digest::of(&content).0),
+                offset,
+                frames: vec![content.len() as u64],
+            }],
         });
     }
     let any = Manifest {

@@ -13,7 +13,7 @@ use unbroken::run::{Options, Run};
 use unbroken::state::{Tensor, Value};
 use unbroken::storage::Storage;
 use unbroken::storage::memory::MemoryStorage;
-use unbroken::store::{Checkpoint, CheckpointInfo, Commit, Tuning};
+use unbroken::store::{Checkpoint, CheckpointInfo, Commit, Compression, Retention, Tuning};
 
 /// Bytes of the leaf that never changes.
 pub const FROZEN: usize = 300;
@@ -24,6 +24,7 @@ pub const SMALL: Tuning = Tuning {
     workers: 1,
     reuse_from: 0,
     chunks_from: 16 << 10,
+    compression: Compression::None,
 };
 
 /// A tensor of float32 over one whole storage.
@@ -76,14 +77,115 @@ pub fn components(step: u64) -> Vec<(String, Component)> {
 }
 
 pub fn open(storage: &Arc<dyn Storage>) -> Result<Run> {
+    open_tuned(storage, SMALL)
+}
+
+pub fn open_tuned(storage: &Arc<dyn Storage>, tuning: Tuning) -> Result<Run> {
     Run::open_on(
         Arc::clone(storage),
         &Options {
             seed: Some(7),
-            tuning: SMALL,
+            tuning,
             ..Options::default()
         },
     )
+}
+
+/// A training of another state than the small one: what it is after each step, and how it is saved.
+#[derive(Clone, Copy)]
+pub struct Training {
+    pub tree: fn(u64) -> Value,
+    pub storages: fn(u64) -> Vec<Vec<u8>>,
+    pub tuning: Tuning,
+}
+
+impl Training {
+    pub fn open(&self, storage: &Arc<dyn Storage>) -> Result<Run> {
+        open_tuned(storage, self.tuning)
+    }
+
+    pub fn commit(&self, run: &Run, step: u64) -> Result<CheckpointInfo> {
+        let storages = (self.storages)(step);
+        run.commit(of_tree(
+            step,
+            (self.tree)(step),
+            storages.iter().map(Vec::as_slice).collect(),
+        ))
+    }
+
+    /// Executes steps and commits after each.
+    pub fn train(&self, run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
+        for step in steps {
+            if step > 0 {
+                run.record(step, 0, 0, step, components(step))?;
+            }
+            self.commit(run, step)?;
+        }
+        Ok(())
+    }
+
+    /// A run with checkpoints at steps 0 to `last`, closed.
+    pub fn run_with(&self, storage: &Arc<dyn Storage>, last: u64) {
+        let run = self.open(storage).unwrap();
+        run.begin().unwrap();
+        self.train(&run, 0..=last).unwrap();
+        run.close().unwrap();
+    }
+
+    pub fn in_memory(&self, last: u64) -> MemoryStorage {
+        let memory = MemoryStorage::new();
+        self.run_with(&shared(&memory), last);
+        memory
+    }
+
+    /// Whether a checkpoint is the state after its step, read together and one by one; otherwise what is not.
+    pub fn exact(&self, checkpoint: &Checkpoint) -> std::result::Result<(), String> {
+        let step = checkpoint.info().step;
+        let expected = (self.storages)(step);
+        let mut together: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![1; bytes.len()]).collect();
+        let targets = together.iter_mut().map(Vec::as_mut_slice).enumerate().collect();
+        let told = |error: unbroken::error::Error| format!("step {step}: {error}");
+        checkpoint.read_into(targets).map_err(told)?;
+        for (index, bytes) in expected.iter().enumerate() {
+            if &checkpoint.read(index).map_err(told)? != bytes || &together[index] != bytes {
+                return Err(format!("storage {index} of step {step} has other bytes"));
+            }
+        }
+        (checkpoint.tree() == &(self.tree)(step))
+            .then_some(())
+            .ok_or_else(|| format!("step {step} has another tree"))
+    }
+
+    /// What must hold of any disk: it opens, everything that it offers is whole, nothing acknowledged is missing, and
+    /// the training goes on.
+    pub fn check(&self, disk: &MemoryStorage, acknowledged: &Option<u64>) -> std::result::Result<(), String> {
+        let told = |error: unbroken::error::Error| error.to_string();
+        let run = self.open(&shared(disk)).map_err(told)?;
+        if let Some((name, why)) = run.rejected().first() {
+            return Err(format!("{name} is offered and not whole: {why}"));
+        }
+        let step = resumed_step(&run);
+        if step < *acknowledged {
+            return Err(format!(
+                "resumed from {step:?}, {acknowledged:?} was acknowledged"
+            ));
+        }
+        for info in run.checkpoints() {
+            self.exact(&run.checkpoint(&info.name).map_err(told)?)?;
+        }
+        run.begin().map_err(told)?;
+        let next = step.map_or(0, |step| step + 1);
+        self.train(&run, next..=next).map_err(told)?;
+        let newest = run.checkpoints().pop().expect("one was just made");
+        self.exact(&run.checkpoint(&newest.name).map_err(told)?)
+    }
+}
+
+pub fn newest_two() -> Retention {
+    Retention {
+        last: Some(2),
+        ..Retention::default()
+    }
 }
 
 pub fn commit_at(run: &Run, step: u64) -> Result<CheckpointInfo> {
