@@ -192,11 +192,12 @@ class Ours:
         place: Where the run goes.
         mode: That of `Run(save=...)`.
         deletes: Whether a save deletes older checkpoints, as in a run; otherwise that is a step of its own.
+        compress: That of `Run(compress=...)`.
     """
 
-    def __init__(self, place: Path, mode: str, *, deletes: bool) -> None:
+    def __init__(self, place: Path, mode: str, *, deletes: bool, compress: Any = None) -> None:
         self.mode, self.deletes = mode, deletes
-        self.run = _core.Run.open(place / mode, seed=1, settings={})
+        self.run = _core.Run.open(place / mode, seed=1, settings={}, compress=compress)
         self.run.begin()
         self.step = 0
         self.lent: tuple[Any, Owned] | None = None

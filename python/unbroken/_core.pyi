@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
 Value: TypeAlias = Any
+Compress: TypeAlias = Literal["alone", "differences"] | None
 """None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, `Tensor` or `Object`; nothing else.
 
 Exact types only: a subclass (an IntEnum, a named tuple) is refused with TypeError naming its path; fronts lower it first.
@@ -356,6 +357,7 @@ class Run:
         seed: int | None,
         settings: Mapping[str, str | int | float | bool],
         strict: bool = False,
+        compress: Compress = None,
         memory: Lend | None = None,
     ) -> Run:
         """Open or create a run directory and take its lock.
@@ -365,12 +367,16 @@ class Run:
             seed: Seed of a new run; None draws one. A different seed than the recorded one raises `IdentityError`.
             settings: Recorded in run.toml at creation only.
             strict: Refuse a damaged newest checkpoint instead of falling back to the next older one.
+            compress: Whether this life's checkpoints are compressed: `alone`, each tensor by itself; `differences`, to
+                an earlier checkpoint where that is shorter, which takes memory for one more copy of the state.
             memory: Where the bytes of `resumed_from` go while they are verified, so that nothing is read twice. Asked
                 again for an older checkpoint where one is damaged.
 
         Raises:
             RunLocked, FormatError, DamagedCheckpoint, StorageError.
         """
+    def set_compression(self, compress: Compress) -> None:
+        """Compress later checkpoints otherwise, or not. Waits for a commit that is under way."""
     @property
     def path(self) -> Path: ...
     @property

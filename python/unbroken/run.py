@@ -41,7 +41,7 @@ from .errors import (
 from .full import FullDisk, OnFull, estimate, is_full
 from .policy import Keep, Policy, as_policy, walltime_deadline
 from .proving import Instructions
-from .saving import Mode, Saves
+from .saving import Compression, Mode, Saves
 from .stop import StopRequest
 from .torch import digests, environment, rng, shield, snapshot, tensors
 from .torch.data import Session
@@ -148,6 +148,9 @@ class Run:
         save: `background` goes on training while a checkpoint is written; it is durable some time after its boundary,
             and a failure is raised at the next one. `copy` does too, and first copies all state at the boundary. `sync`
             waits at the boundary until it is durable, and takes no memory for a copy.
+        compress: `alone` compresses each tensor that gets shorter by it; `differences` writes it as the difference to
+            an earlier checkpoint where that is shorter still, and keeps one more copy of the state in memory. Bits stay
+            what they are. Worth it where the disk is slow or small; each life may do otherwise.
         walltime: Seconds or `H:MM:SS` from now after which to stop as on a signal; Slurm's own end time by default.
         requeue_code: Exit code after a stop request.
         allow: Names of differences (shell patterns) that do not refuse the resume; the journal records them.
@@ -177,6 +180,7 @@ class Run:
         checkpoint: Policy | int | None = None,
         keep: Keep | int | None = None,
         save: Mode = "background",
+        compress: Compression | None = None,
         walltime: str | float | None = None,
         requeue_code: int = REQUEUE_CODE,
         allow: Iterable[str] = (),
@@ -205,6 +209,8 @@ class Run:
             raise InvalidArgument(f"on_divergence must be 'stop' or 'continue', got {on_divergence!r}")
         if save not in get_args(Mode):
             raise InvalidArgument(f"save must be 'background', 'copy' or 'sync', got {save!r}")
+        if compress is not None and compress not in get_args(Compression):
+            raise InvalidArgument(f"compress must be None, 'alone' or 'differences', got {compress!r}")
         if isinstance(allow, str):
             allow = [allow]
         self.path = proof.place(Path(path))
@@ -228,7 +234,12 @@ class Run:
         staging = tensors.Staging()
         with tensors.uncollected():
             self._core = _core.Run.open(
-                self.path, seed=seed, settings={"front": "pytorch"}, strict=strict, memory=staging
+                self.path,
+                seed=seed,
+                settings={"front": "pytorch"},
+                strict=strict,
+                compress=compress,
+                memory=staging,
             )
         self._saves = Saves(
             self._core,
@@ -236,6 +247,7 @@ class Run:
             policy=self.policy,
             keep=self.keep,
             mode=save,
+            compress=compress,
             level=level,
             disk=self._full,
             say=self._say,

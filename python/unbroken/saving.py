@@ -23,6 +23,10 @@ from .torch.fence import Fence, Owned
 from .torch.snapshot import Snapshot
 
 Mode = Literal["background", "copy", "sync"]
+Compression = Literal["alone", "differences"]
+
+# What compressing takes beside a copy of the state, in states: what is written, and what it is differences to.
+_COMPRESSING: dict[Compression | None, int] = {None: 0, "alone": 1, "differences": 2}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Saves:
         keep: What stays.
         mode: `background` lends what only optimizers change, and copies the rest; `copy` copies all at the boundary;
             `sync` waits until it is durable.
+        compress: Whether they are compressed, and how.
         level: The journal's: with `full` every lent byte is compared with its copy.
         disk: What a full disk means.
         say: Says one line to the user.
@@ -54,6 +59,7 @@ class Saves:
         policy: Policy,
         keep: Keep,
         mode: Mode,
+        compress: Compression | None,
         level: digests.Level,
         disk: FullDisk,
         say: Say,
@@ -61,13 +67,14 @@ class Saves:
         self._core, self._objects = core, objects
         self._policy, self._keep = policy, keep
         self._mode: Mode = mode
+        self._compress: Compression | None = compress
         self._level = level
         self._disk, self._say = disk, say
         self._fence = Fence(self._end_lending)
         self._lent: tuple[Snapshot, Owned] | None = None
         self._under_way: _UnderWay | None = None
-        # The largest state that a copy was made of: its memory is kept.
-        self._copied_bytes = 0
+        # The largest state that there was memory for: it is kept.
+        self._provided_bytes = 0
         self.pin_next = False
         # Something came to nothing: the next boundary is saved in its place, and waited for.
         self._again = self._again_waiting = False
@@ -125,8 +132,7 @@ class Saves:
         else:
             self.settle()
         checkpoint["pinned"] = self.pin_next
-        if not (wait or required):
-            self._find_memory(captured)
+        self._find_memory(captured)
         if wait or required or self._mode == "sync" or self._again_waiting:
             self._save_waiting(captured, checkpoint, before, required=required)
         else:
@@ -175,19 +181,34 @@ class Saves:
             self._core.prune(last=self._keep.last, every=self._keep.every, best=self._keep.best)
 
     def _find_memory(self, captured: Snapshot) -> None:
-        """Wait for each checkpoint from now on if there is no memory for a copy: the kernel would kill the training."""
-        needed = sum(length for _, length in captured.regions())
-        if self._mode == "sync" or needed <= self._copied_bytes:
+        """Do without what there is no memory for, from now on: the kernel would kill the training.
+
+        First without compression; then without a copy, which means to wait for each checkpoint.
+        """
+        copies = self._mode != "sync"
+        if not copies and self._compress is None:
+            return
+        state = sum(length for _, length in captured.regions())
+        if state <= self._provided_bytes:
             return
         free = room.free_bytes()
-        if free is not None and needed > free:
+        if free is None:
+            return
+        compressing = state * _COMPRESSING[self._compress]
+        if compressing and compressing + state * copies > free:
+            self._say(
+                f"compressing checkpoints would take {size(compressing)} of memory beside a copy, and {size(free)} are "
+                "free: they are written as they are"
+            )
+            self._compress = None
+            self._core.set_compression(None)
+        if copies and state > free:
             self._mode = "sync"
             self._say(
-                f"a copy of the state would take {size(needed)} of memory, and {size(free)} are free: the training "
+                f"a copy of the state would take {size(state)} of memory, and {size(free)} are free: the training "
                 'waits for each checkpoint, as with save="sync"'
             )
-        else:
-            self._copied_bytes = needed
+        self._provided_bytes = state
 
     def _start(self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object]) -> None:
         if not self._disk.attempt(before):

@@ -1,6 +1,6 @@
 """A training of an embedding table with sparse gradients: each step changes one row in a hundred. Plain or in a run.
 
-    tables.py WITNESS [RUN [KILL_AT]]
+    tables.py WITNESS [RUN [KILL_AT [COMPRESS]]]
 
 Writes the loss of each step and, at the end, a digest of the table and of its moments to WITNESS.
 
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(ROWS, WIDTH, sparse=True)
-        self.head = nn.Linear(WIDTH, 8)
+        self.head = nn.Linear(WIDTH, 32)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.table(ids)).square().mean()
@@ -38,7 +39,7 @@ def digest_of(net: Net, optimizer: torch.optim.Optimizer) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def main(witness: Path, place: str | None = None, kill_at: int | None = None) -> None:
+def main(witness: Path, place: str | None = None, kill_at: int | None = None, compress: Any = None) -> None:
     torch.manual_seed(1)
     net = Net()
     sparse = torch.optim.SparseAdam([net.table.weight], lr=0.01)
@@ -61,7 +62,15 @@ def main(witness: Path, place: str | None = None, kill_at: int | None = None) ->
                 said.write(f"{at} {step(batch).hex()}\n")
         else:
             with unbroken.Run(
-                place, net=net, sparse=sparse, dense=dense, loader=loader, checkpoint=2, keep=100, quiet=True
+                place,
+                net=net,
+                sparse=sparse,
+                dense=dense,
+                loader=loader,
+                checkpoint=2,
+                keep=100,
+                compress=compress,
+                quiet=True,
             ) as run:
                 for _ in run.epochs(1):
                     for batch in run.batches(loader):
@@ -74,5 +83,5 @@ def main(witness: Path, place: str | None = None, kill_at: int | None = None) ->
 
 
 if __name__ == "__main__":
-    place, kill_at = [*sys.argv[2:], None, None][:2]
-    main(Path(sys.argv[1]), place, None if kill_at is None else int(kill_at))
+    place, kill_at, compress = [*sys.argv[2:], None, None, None][:3]
+    main(Path(sys.argv[1]), place, int(kill_at) if kill_at else None, compress)

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import unbroken
 from harness import HERE, environment
 from tables import ROWS, STEPS, WIDTH
 from unbroken import _core
+from unbroken._core import main
 
 CHUNK = 8 << 10
 
@@ -31,12 +33,13 @@ def tables_in(checkpoint: Path) -> list[np.ndarray]:
     return [tensor.detach().numpy().view(np.uint8).reshape(-1, CHUNK) for tensor in tensors]
 
 
-def test_a_table_with_sparse_gradients_is_saved_by_chunks_and_resumes_exactly(tmp_path: Path) -> None:
-    plain, killed, run = tmp_path / "plain", tmp_path / "killed", tmp_path / "run"
+def assert_exact_through_kills(tmp_path: Path, run: Path, *compress: str) -> None:
+    """Train once in peace and once in a run that is killed twice, and compare all losses and the end."""
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
     assert live(plain) == 0
-    assert live(killed, run, 9) == -signal.SIGKILL
-    assert live(killed, run, 19) == -signal.SIGKILL
-    assert live(killed, run) == 0
+    assert live(killed, run, 9, *compress) == -signal.SIGKILL
+    assert live(killed, run, 19, *compress) == -signal.SIGKILL
+    assert live(killed, run, "", *compress) == 0
     expected = dict(line.split() for line in plain.read_text().splitlines())
     assert len(expected) == STEPS + 1
     for line in killed.read_text().splitlines():
@@ -44,6 +47,22 @@ def test_a_table_with_sparse_gradients_is_saved_by_chunks_and_resumes_exactly(tm
         assert value == expected.pop(step, value), f"step {step}"
     assert not expected
 
+
+@pytest.mark.parametrize("compress", ["alone", "differences"])
+def test_a_table_is_saved_by_chunks_beside_a_compressed_head_and_resumes_exactly(
+    tmp_path: Path, compress: str
+) -> None:
+    run = tmp_path / "run"
+    assert_exact_through_kills(tmp_path, run, compress)
+    packs = [path.read_bytes() for path in (run / "objects").iterdir()]
+    assert any(b"head.weight (compressed)" in pack for pack in packs)
+    assert any(b"table.weight (changed chunks)" in pack for pack in packs)
+    assert main(["verify", str(run)]) == 0
+
+
+def test_a_table_with_sparse_gradients_is_saved_by_chunks_and_resumes_exactly(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert_exact_through_kills(tmp_path, run)
     paths = sorted((run / "checkpoints").iterdir())
     infos = [_core.read_checkpoint(path).info for path in paths]
     written, chunks = [], []
