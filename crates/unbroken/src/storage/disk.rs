@@ -552,3 +552,64 @@ impl Drop for View {
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr(), self.length) };
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::arena::Arena;
+
+    /// An arena of bytes that differ from page to page, and an empty file with two descriptors.
+    fn bytes_and_file(dir: &Path) -> (Arena, OwnedFd) {
+        let mut arena = Arena::new(2 << 20).unwrap();
+        for (page, bytes) in arena.bytes_mut().chunks_mut(4096).enumerate() {
+            bytes.fill(page as u8);
+        }
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(CWD, dir.join("file"), flags, FILE_MODE).unwrap();
+        (arena, fd)
+    }
+
+    #[test]
+    fn a_write_that_is_refused_past_the_page_cache_goes_through_it_and_so_do_all_later_ones() {
+        // A file of the kernel's refuses any write of ours with the error of a file system without direct writes.
+        let dir = tempfile::tempdir().unwrap();
+        let (arena, fd) = bytes_and_file(dir.path());
+        let output = DiskOutput::new(fd);
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let refuses = rustix::fs::openat(CWD, "/proc/self/oom_score_adj", flags, Mode::empty()).unwrap();
+        output.direct.set(Some(refuses)).unwrap();
+        let (first, second) = arena.bytes().split_at(1 << 20);
+        assert_eq!(output.write_at(0, first).unwrap(), first.len());
+        assert!(output.refused.load(Ordering::Relaxed));
+        assert!(output.direct(first.len() as u64, second).is_none());
+        assert_eq!(output.write_at(first.len() as u64, second).unwrap(), second.len());
+        assert!(fs::read(dir.path().join("file")).unwrap() == arena.bytes());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_past_the_page_cache_is_written_and_read_through_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (arena, fd) = bytes_and_file(dir.path());
+        let output = DiskOutput::new(fd.try_clone().unwrap());
+        output.direct.set(None).unwrap();
+        assert_eq!(output.write_at(0, arena.bytes()).unwrap(), arena.len());
+        let file = DiskFile::new(fd);
+        file.direct.set(None).unwrap();
+        assert!(!file.is_cold(0, arena.len()));
+        let mut found = vec![0; arena.len()];
+        assert_eq!(file.read_past_cache(0, &mut found).unwrap(), arena.len());
+        assert!(found == arena.bytes());
+    }
+
+    #[test]
+    fn a_read_that_is_refused_past_the_page_cache_comes_through_it() {
+        // Where direct reads are, those from odd places are refused; elsewhere there is nothing to refuse.
+        let dir = tempfile::tempdir().unwrap();
+        let (arena, fd) = bytes_and_file(dir.path());
+        fs::write(dir.path().join("file"), arena.bytes()).unwrap();
+        let file = DiskFile::new(fd);
+        let mut found = vec![0; 10_000];
+        assert_eq!(file.read_past_cache(4095, &mut found).unwrap(), found.len());
+        assert!(found == arena.bytes()[4095..14_095]);
+    }
+}
