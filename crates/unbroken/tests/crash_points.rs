@@ -6,13 +6,14 @@ mod world;
 
 use std::sync::Arc;
 
-use unbroken::run::{Options, Run};
-use unbroken::state::Value;
+use unbroken::run::Run;
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::store::{Best, Commit, Order, Retention, Tuning};
-use world::{assert_exact, commit_with, components, files_in, leaf, open, resumed_step, shared, train};
+use unbroken::store::{Best, Order, Retention};
+use world::{
+    REUSING, assert_exact, commit_with, components, files_in, newest_two, open, resumed_step, shared, train,
+};
 
 const LEFTOVERS: [Leftovers; 5] = [
     Leftovers::Nothing,
@@ -198,49 +199,10 @@ fn a_crash_anywhere_in_a_prune_leaves_what_the_policy_keeps() {
     }
 }
 
-/// Opens a run whose packs are written in many pieces, by two workers, over the files of deleted ones.
-fn open_reusing(storage: &Arc<dyn Storage>) -> Run {
-    let tuning = Tuning {
-        piece: unbroken::digest::GROUP,
-        workers: 2,
-        reuse_from: 1000,
-        ..Tuning::default()
-    };
-    let options = Options {
-        seed: Some(7),
-        tuning,
-        ..Options::default()
-    };
-    Run::open_on(Arc::clone(storage), &options).unwrap()
-}
-
-/// The bytes of a storage that fills several pieces, after a step.
-fn large(step: u64) -> Vec<u8> {
-    let mut bytes = vec![step as u8; 140_000];
-    bytes[70_000..].fill(step as u8 + 100);
-    bytes
-}
-
-fn commit_large(run: &Run, step: u64) -> unbroken::Result<()> {
-    if step > 0 {
-        run.record(step, 0, 0, step, components(step))?;
-    }
-    let bytes = large(step);
-    run.commit(Commit {
-        step,
-        phase: 0,
-        tree: Value::List(vec![leaf(0, 35_000)]),
-        storages: vec![&bytes],
-        identity: Vec::new(),
-        environment: Vec::new(),
-        metrics: Vec::new(),
-        pinned: false,
-    })?;
-    let last_two = Retention {
-        last: Some(2),
-        ..Retention::default()
-    };
-    run.prune(&last_two, false).map(drop)
+/// Executes a step of a training whose packs are written over the files of deleted ones, and deletes all but two.
+fn save_over(run: &Run, step: u64) -> unbroken::Result<()> {
+    REUSING.train(run, step..=step)?;
+    run.prune(&newest_two(), false).map(drop)
 }
 
 #[test]
@@ -251,27 +213,29 @@ fn a_crash_anywhere_while_a_deleted_packs_file_is_written_over_harms_no_checkpoi
     for fault in [Fault::Crash, Fault::CrashAfter] {
         for index in 0.. {
             let (memory, faulty, storage) = dying(MemoryStorage::new());
-            let run = open_reusing(&storage);
+            let run = REUSING.open(&storage).unwrap();
             run.begin().unwrap();
-            (0..=3).for_each(|step| commit_large(&run, step).unwrap());
+            (0..=3).for_each(|step| save_over(&run, step).unwrap());
             faulty.fail_at(index, fault);
-            let acknowledged = commit_large(&run, 4).is_ok();
+            let acknowledged = save_over(&run, 4).is_ok();
             let operations = faulty.operations();
             reused += usize::from(operations.contains(&"reuse"));
             drop(run);
             let story = format!("{fault:?} at operation {index} of {operations:?}");
             after_each_crash(&memory, &story, |disk, story| {
-                let run = open_reusing(&shared(disk));
+                let run = REUSING.open(&shared(disk)).unwrap();
                 let step = resumed_step(&run).unwrap();
                 assert!(step == 4 || (step == 3 && !acknowledged), "{story}: step {step}");
                 assert!(run.rejected().is_empty(), "{story}: {:?}", run.rejected());
                 for info in run.checkpoints() {
                     let checkpoint = run.checkpoint(&info.name).unwrap();
-                    assert!(checkpoint.read(0).unwrap() == large(info.step), "{story}");
+                    REUSING
+                        .exact(&checkpoint)
+                        .unwrap_or_else(|what| panic!("{story}: {what}"));
                 }
                 assert!(files_in(disk, "tmp").is_empty(), "{story}");
                 run.begin().unwrap();
-                (step + 1..=6).for_each(|step| commit_large(&run, step).unwrap());
+                (step + 1..=6).for_each(|step| save_over(&run, step).unwrap());
                 run.close().unwrap();
                 assert!(
                     files_in(disk, "tmp").is_empty(),

@@ -1,10 +1,11 @@
 //! Each operation of a life fails once, in each way in which a disk can fail: opening, beginning, recording, reading,
-//! pruning, closing. Saving is in store_checkpoints.rs.
+//! saving over a deleted pack's file, pruning, closing. Saving into new files is in store_checkpoints.rs.
 //!
 //! Touches: memory only.
 
 mod world;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use unbroken::error::Error;
@@ -14,7 +15,8 @@ use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::Retention;
 use world::{
-    assert_exact, commit_at, components, files_in, open, resumed_step, run_in_memory, shared, train,
+    REUSING, assert_exact, commit_at, components, files_in, newest_two, open, resumed_step, run_in_memory,
+    shared, train,
 };
 
 const FAULTS: [Fault; 5] = [
@@ -47,7 +49,7 @@ fn each_fault<T>(
             faulty.fail_at(index, fault);
             let outcome = act(&storage, run.as_ref());
             let operations = faulty.operations();
-            let retried = faulty.retried_syncs();
+            let (retried, failed) = (faulty.retried_syncs(), faulty.failed());
             faulty.heal();
             let last = operations.get(index);
             let story = format!(
@@ -62,15 +64,14 @@ fn each_fault<T>(
                 else {
                     panic!("{story}: {error}")
                 };
+                // The call and the file are named that failed, not those of a call that came of it.
+                let named = |(call, name): &(&str, String)| {
+                    doing.contains(call) && path == &Path::new("memory:").join(name)
+                };
+                let refused_before = fault == Fault::NoSpace && failed.is_empty();
                 assert!(
-                    path.starts_with("memory:") && !doing.is_empty(),
-                    "{story}: {error}"
-                );
-                // The call is named as it was made, not one that came of it.
-                let call = last.copied().unwrap_or("nothing");
-                assert!(
-                    doing.contains(call) || fault == Fault::NoSpace,
-                    "{story}: {error}"
+                    failed.iter().any(named) || refused_before,
+                    "{story}: {failed:?}, {error}"
                 );
                 assert!(source.raw_os_error().is_some(), "{story}: {error}");
             }
@@ -248,6 +249,56 @@ fn an_operation_that_fails_while_checkpoints_are_deleted_loses_none_that_is_kept
             assert_eq!(steps, [3, 4], "{story}");
             assert!(run.rejected().is_empty(), "{story}");
             assert_exact(run.resumed_from().unwrap());
+        },
+    );
+}
+
+#[test]
+fn an_operation_that_fails_while_several_writers_save_over_a_deleted_packs_file_costs_that_save_only() {
+    let prepare = |storage: &Arc<dyn Storage>| {
+        let run = REUSING.open(storage).unwrap();
+        run.begin().unwrap();
+        for step in 0..=3 {
+            REUSING.train(&run, step..=step).unwrap();
+            run.prune(&newest_two(), false).unwrap();
+        }
+        run.record(4, 0, 0, 4, components(4)).unwrap();
+        Some(run)
+    };
+    each_fault(
+        &MemoryStorage::new(),
+        12,
+        prepare,
+        |_, run| REUSING.commit(run.unwrap(), 4),
+        |memory, outcome, run, story| {
+            let run = run.unwrap();
+            let now = REUSING.open(&shared(&memory.fork())).unwrap();
+            assert_eq!(
+                resumed_step(&now),
+                Some(if outcome.is_ok() { 4 } else { 3 }),
+                "{story}"
+            );
+            assert!(now.rejected().is_empty(), "{story}");
+            // The file that waits to be written over may still do so; nothing else is left.
+            let left = files_in(memory, "tmp").into_keys();
+            assert!(left.into_iter().all(|name| name.ends_with(".old")), "{story}");
+            if outcome.is_err() {
+                REUSING
+                    .commit(&run, 4)
+                    .unwrap_or_else(|error| panic!("{story}: {error}"));
+            }
+            run.prune(&newest_two(), false)
+                .unwrap_or_else(|error| panic!("{story}: {error}"));
+            run.close().unwrap();
+            assert!(files_in(memory, "tmp").is_empty(), "{story}");
+            let run = REUSING
+                .open(&shared(&memory.after_power_cut(Leftovers::Nothing)))
+                .unwrap();
+            let steps: Vec<u64> = run.checkpoints().iter().map(|info| info.step).collect();
+            assert_eq!(steps, [3, 4], "{story}");
+            for info in run.checkpoints() {
+                REUSING.exact(&run.checkpoint(&info.name).unwrap()).unwrap();
+            }
         },
     );
 }

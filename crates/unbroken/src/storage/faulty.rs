@@ -34,6 +34,8 @@ pub enum Fault {
 #[derive(Debug, Default)]
 struct Plan {
     operations: Vec<&'static str>,
+    /// What failed: operation and file.
+    failed: Vec<(&'static str, String)>,
     fault: Option<(usize, Fault)>,
     crashed: bool,
     /// Syncs asked of files of which one had failed.
@@ -74,14 +76,20 @@ impl FaultyStorage {
         self.plan().operations.clone()
     }
 
+    /// Returns the operations that failed as planned since then, each with the name that it was for.
+    pub fn failed(&self) -> Vec<(&'static str, String)> {
+        self.plan().failed.clone()
+    }
+
     /// Returns how often a file was synced again after that had failed, since the last plan: each time is a mistake.
     pub fn retried_syncs(&self) -> usize {
         self.plan().retried
     }
 
-    fn output(&self, output: Box<dyn Output>) -> Box<dyn Output> {
+    fn output(&self, output: Box<dyn Output>, name: &str) -> Box<dyn Output> {
         Box::new(FaultyOutput {
             output,
+            name: name.to_owned(),
             plan: Arc::clone(&self.plan),
             dropped: AtomicBool::new(false),
         })
@@ -105,40 +113,50 @@ fn dead() -> io::Error {
 }
 
 /// Counts one operation and decides what becomes of it.
-fn turn(plan: &Mutex<Plan>, operation: &'static str) -> io::Result<Turn> {
+fn turn(plan: &Mutex<Plan>, operation: &'static str, name: &str) -> io::Result<Turn> {
     let mut plan = plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if plan.crashed {
-        return Err(dead());
+    let decided = plan.decide(operation);
+    if decided.is_err() {
+        plan.failed.push((operation, name.to_owned()));
     }
-    let index = plan.operations.len();
-    plan.operations.push(operation);
-    let writes = matches!(
-        operation,
-        "write" | "reserve" | "create" | "create directory" | "rename" | "link"
-    );
-    match plan.fault {
-        Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
-        Some((planned, fault)) if index == planned => match fault {
-            Fault::NoSpace => Ok(Turn::Work),
-            Fault::Device => Err(Errno::IO.into()),
-            Fault::Interrupted => Err(Errno::INTR.into()),
-            Fault::TooManyFiles => Err(Errno::MFILE.into()),
-            Fault::ShortWrite if operation == "write" => Ok(Turn::Half),
-            Fault::ShortWrite => Ok(Turn::Work),
-            Fault::Crash => {
-                plan.crashed = true;
-                Err(dead())
-            }
-            Fault::CrashAfter => {
-                plan.crashed = true;
-                Ok(if operation == "write" {
-                    Turn::HalfThenDie
-                } else {
-                    Turn::WorkThenDie
-                })
-            }
-        },
-        _ => Ok(Turn::Work),
+    decided
+}
+
+impl Plan {
+    fn decide(&mut self, operation: &'static str) -> io::Result<Turn> {
+        if self.crashed {
+            return Err(dead());
+        }
+        let index = self.operations.len();
+        self.operations.push(operation);
+        let writes = matches!(
+            operation,
+            "write" | "reserve" | "create" | "create directory" | "rename" | "link"
+        );
+        match self.fault {
+            Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
+            Some((planned, fault)) if index == planned => match fault {
+                Fault::NoSpace => Ok(Turn::Work),
+                Fault::Device => Err(Errno::IO.into()),
+                Fault::Interrupted => Err(Errno::INTR.into()),
+                Fault::TooManyFiles => Err(Errno::MFILE.into()),
+                Fault::ShortWrite if operation == "write" => Ok(Turn::Half),
+                Fault::ShortWrite => Ok(Turn::Work),
+                Fault::Crash => {
+                    self.crashed = true;
+                    Err(dead())
+                }
+                Fault::CrashAfter => {
+                    self.crashed = true;
+                    Ok(if operation == "write" {
+                        Turn::HalfThenDie
+                    } else {
+                        Turn::WorkThenDie
+                    })
+                }
+            },
+            _ => Ok(Turn::Work),
+        }
     }
 }
 
@@ -146,9 +164,10 @@ fn turn(plan: &Mutex<Plan>, operation: &'static str) -> io::Result<Turn> {
 fn whole<T>(
     plan: &Mutex<Plan>,
     operation: &'static str,
+    name: &str,
     work: impl FnOnce() -> io::Result<T>,
 ) -> io::Result<T> {
-    match turn(plan, operation)? {
+    match turn(plan, operation, name)? {
         Turn::Work | Turn::Half => work(),
         Turn::HalfThenDie | Turn::WorkThenDie => {
             work()?;
@@ -163,33 +182,36 @@ impl Storage for FaultyStorage {
     }
 
     fn create_dir(&self, name: &str) -> io::Result<()> {
-        whole(&self.plan, "create directory", || self.inner.create_dir(name))
+        whole(&self.plan, "create directory", name, || {
+            self.inner.create_dir(name)
+        })
     }
 
     fn create_new(&self, name: &str) -> io::Result<Box<dyn Output>> {
-        let output = whole(&self.plan, "create", || self.inner.create_new(name))?;
-        Ok(self.output(output))
+        let output = whole(&self.plan, "create", name, || self.inner.create_new(name))?;
+        Ok(self.output(output, name))
     }
 
     fn reuse(&self, name: &str) -> io::Result<Option<Box<dyn Output>>> {
-        let output = whole(&self.plan, "reuse", || self.inner.reuse(name))?;
-        Ok(output.map(|output| self.output(output)))
+        let output = whole(&self.plan, "reuse", name, || self.inner.reuse(name))?;
+        Ok(output.map(|output| self.output(output, name)))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn Input>> {
-        let input = whole(&self.plan, "open", || self.inner.open(name))?;
+        let input = whole(&self.plan, "open", name, || self.inner.open(name))?;
         Ok(Box::new(FaultyInput {
             input,
+            name: name.to_owned(),
             plan: Arc::clone(&self.plan),
         }))
     }
 
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
-        whole(&self.plan, "rename", || self.inner.rename_new(from, to))
+        whole(&self.plan, "rename", to, || self.inner.rename_new(from, to))
     }
 
     fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
-        whole(&self.plan, "link", || self.inner.link_new(from, name, to))
+        whole(&self.plan, "link", to, || self.inner.link_new(from, name, to))
     }
 
     fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
@@ -197,32 +219,35 @@ impl Storage for FaultyStorage {
     }
 
     fn sync_dir(&self, name: &str) -> io::Result<()> {
-        whole(&self.plan, "sync directory", || self.inner.sync_dir(name))
+        whole(&self.plan, "sync directory", name, || self.inner.sync_dir(name))
     }
 
     fn list(&self, name: &str) -> io::Result<Vec<String>> {
-        whole(&self.plan, "list", || self.inner.list(name))
+        whole(&self.plan, "list", name, || self.inner.list(name))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        whole(&self.plan, "remove", || self.inner.remove(name))
+        whole(&self.plan, "remove", name, || self.inner.remove(name))
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        match self.plan().fault {
-            Some((_, Fault::NoSpace)) => Ok(4096),
+        let plan = self.plan();
+        match plan.fault {
+            // It fills up in the middle of things: before that, there was room.
+            Some((planned, Fault::NoSpace)) if plan.operations.len() > planned => Ok(4096),
             _ => self.inner.free_bytes(),
         }
     }
 
     fn lock(&self, name: &str) -> io::Result<Claim> {
-        whole(&self.plan, "lock", || self.inner.lock(name))
+        whole(&self.plan, "lock", name, || self.inner.lock(name))
     }
 }
 
 #[derive(Debug)]
 struct FaultyOutput {
     output: Box<dyn Output>,
+    name: String,
     plan: Arc<Mutex<Plan>>,
     /// Whether a sync failed. As on real systems, the next one then says that all is well, and it is not.
     dropped: AtomicBool,
@@ -231,7 +256,7 @@ struct FaultyOutput {
 impl Output for FaultyOutput {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let half = &bytes[..bytes.len().div_ceil(2)];
-        match turn(&self.plan, "write")? {
+        match turn(&self.plan, "write", &self.name)? {
             Turn::Work | Turn::WorkThenDie => self.output.write_at(offset, bytes),
             Turn::Half => self.output.write_at(offset, half),
             Turn::HalfThenDie => {
@@ -242,11 +267,11 @@ impl Output for FaultyOutput {
     }
 
     fn reserve(&self, length: u64) -> io::Result<()> {
-        whole(&self.plan, "reserve", || self.output.reserve(length))
+        whole(&self.plan, "reserve", &self.name, || self.output.reserve(length))
     }
 
     fn sync(&self) -> io::Result<()> {
-        let outcome = whole(&self.plan, "sync", || {
+        let outcome = whole(&self.plan, "sync", &self.name, || {
             if self.dropped.load(Ordering::Relaxed) {
                 let mut plan = self.plan.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 plan.retried += 1;
@@ -265,12 +290,15 @@ impl Output for FaultyOutput {
 #[derive(Debug)]
 struct FaultyInput {
     input: Box<dyn Input>,
+    name: String,
     plan: Arc<Mutex<Plan>>,
 }
 
 impl Input for FaultyInput {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        whole(&self.plan, "read", || self.input.read_at(offset, into))
+        whole(&self.plan, "read", &self.name, || {
+            self.input.read_at(offset, into)
+        })
     }
 
     fn is_cold(&self, offset: u64, length: usize) -> bool {
@@ -278,10 +306,12 @@ impl Input for FaultyInput {
     }
 
     fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        whole(&self.plan, "read", || self.input.read_past_cache(offset, into))
+        whole(&self.plan, "read", &self.name, || {
+            self.input.read_past_cache(offset, into)
+        })
     }
 
     fn len(&self) -> io::Result<u64> {
-        whole(&self.plan, "measure", || self.input.len())
+        whole(&self.plan, "measure", &self.name, || self.input.len())
     }
 }

@@ -181,6 +181,22 @@ impl Training {
     }
 }
 
+/// One leaf of several pieces, written by two workers over the files of deleted packs.
+pub const REUSING: Training = Training {
+    tree: |_| Value::List(vec![leaf(0, 35_000)]),
+    storages: |step| {
+        let mut bytes = vec![step as u8; 140_000];
+        bytes[70_000..].fill(step as u8 + 100);
+        vec![bytes]
+    },
+    tuning: Tuning {
+        workers: 2,
+        reuse_from: 1000,
+        chunks_from: 1 << 20,
+        ..SMALL
+    },
+};
+
 pub fn newest_two() -> Retention {
     Retention {
         last: Some(2),
