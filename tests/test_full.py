@@ -1,10 +1,16 @@
-"""A full disk: when the training stops, waits or goes on."""
+"""A full disk: when the training stops, waits or goes on; and what it will take, said before it begins."""
 
 import errno
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+import unbroken
 from unbroken.errors import InvalidArgument, StorageError
 from unbroken.full import FullDisk, OnFull, estimate, is_full
 
@@ -93,3 +99,38 @@ def test_the_estimate_says_when_the_room_may_not_do() -> None:
     )
     assert estimate(1_000_000, 3, 3_000_000).endswith("that may not do")
     assert "all are kept" in estimate(1, None, 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters),
+        lambda parameters: torch.optim.AdamW(parameters, amsgrad=True),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        lambda parameters: torch.optim.RMSprop(parameters, momentum=0.9, centered=True),
+        lambda parameters: torch.optim.Adagrad(parameters),
+        lambda parameters: torch.optim.Adadelta(parameters),
+        lambda parameters: torch.optim.Rprop(parameters),
+    ],
+)
+def test_what_is_said_to_be_needed_before_training_is_what_checkpoints_take(
+    make: Callable[[Any], torch.optim.Optimizer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    net = torch.nn.Linear(300, 300)
+    net.bias.requires_grad_(False)
+    optimizer = make(net.parameters())
+    loader = DataLoader(TensorDataset(torch.randn(4, 300)), batch_size=2)
+    with unbroken.Run(tmp_path / "run", checkpoint=1, net=net, optimizer=optimizer) as run:
+        for _ in run.epochs(1):
+            for (x,) in run.batches(loader):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+    said = re.search(r"a checkpoint takes up to ([\d.]+) (kB|MB),", capsys.readouterr().err)
+    assert said is not None
+    expected = float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]]
+    taken = max(info.size_bytes for info in run.checkpoints())
+    assert taken == pytest.approx(expected, rel=0.1)

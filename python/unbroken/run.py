@@ -1069,7 +1069,8 @@ class Run:
         }
         self._proof.reached(f"saving:{self.step}")
         if self._checkpoint is None and self.step == 0:
-            self._say_space(sum(length for _, length in captured.regions()))
+            now = sum(length for _, length in captured.regions())
+            self._say_space(now + snapshot.bytes_to_come(self._objects))
         checkpoint = {
             "step": self.step,
             "phase": phase,

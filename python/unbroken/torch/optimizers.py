@@ -38,6 +38,33 @@ MACHINERY = frozenset(
 """An optimizer's attributes that are code, constants, or captured by name below."""
 
 
+_MOMENTS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "SGD": lambda group: int(group["momentum"] != 0),
+    "RMSprop": lambda group: 1 + int(group["momentum"] > 0) + int(group["centered"]),
+    "Adagrad": lambda _: 1,
+    "ASGD": lambda _: 1,
+    "Muon": lambda _: 1,
+    "Adafactor": lambda _: 1,
+    "LBFGS": lambda group: 2 * group["history_size"] + 3,
+}
+"""Tensors of a parameter's size that torch's optimizers keep for each, where that is not two and one for `amsgrad`."""
+
+
+def bytes_to_come(optimizer: Optimizer) -> int:
+    """Return about how many bytes of state training will add: moments of parameters that have none yet, and gradients.
+
+    Optimizers that are not torch's are taken for ones that keep two tensors a parameter.
+    """
+    moments = _MOMENTS.get(type(optimizer).__name__, lambda group: 2 + int(bool(group.get("amsgrad"))))
+    to_come = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                kept = 0 if optimizer.state.get(parameter) else moments(group)
+                to_come += parameter.nbytes * (kept + int(parameter.grad is None))
+    return to_come
+
+
 def parameter_names(optimizer: Optimizer, names: Names) -> list[list[str]]:
     """Return the name of each parameter of each group; those in no tracked module by group and index."""
     return [

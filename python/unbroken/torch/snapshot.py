@@ -426,3 +426,8 @@ def _small(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item() if value.device.type == "cpu" and value.numel() == 1 else None
     return _small_attributes(value) if schedulers.is_scheduler(value) else None
+
+
+def bytes_to_come(objects: Mapping[str, object]) -> int:
+    """Return about how many bytes the state will have more when all optimizers have stepped."""
+    return sum(optimizers.bytes_to_come(item) for item in objects.values() if isinstance(item, Optimizer))
