@@ -4,6 +4,7 @@
 #   make test    every test, Rust and Python
 #   make lint    formatting, clippy, ruff, types
 #   make faults  power cuts and kills by the thousand, for the better part of an hour
+#   make cuts    power cuts on file systems in images, as root: ext4, and xfs and btrfs where their mkfs is installed
 #   make bench   what it costs
 #
 # Needs Rust, Python 3.11 or newer, make and a C compiler. The tests look at pages in Chromium where there is one.
@@ -24,7 +25,7 @@ export PYO3_PYTHON := $(CURDIR)/$(bin)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_REQUIRE_VIRTUALENV := 1
 
-.PHONY: setup demo test test-rust test-python test-burn faults lint format bench clean
+.PHONY: setup demo test test-rust test-python test-burn faults cuts lint format bench clean
 
 setup: $(built)
 
@@ -58,7 +59,10 @@ test-burn:
 test-python: setup
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
 
-# Power cuts on real file systems need root: tests/stories/power_cut.py ext4 (or xfs, btrfs). Fuzz targets: fuzz/.
+cuts: setup
+	$(bin)/python tests/stories/power_cut.py --cuts 20
+
+# Fuzz targets: fuzz/.
 faults: setup
 	UNBROKEN_EXPLORE=long cargo test --release --package unbroken --test power_cuts -- --nocapture
 	UNBROKEN_ROUNDS=100000 cargo test --release --package unbroken --test hostile

@@ -1,4 +1,6 @@
-"""Power cuts on real file systems: `python tests/stories/power_cut.py ext4 --cuts 20`, as root. Also xfs, btrfs.
+"""Power cuts on real file systems: `python tests/stories/power_cut.py ext4 xfs btrfs --cuts 20`, as root.
+
+Each life saves beside a training that goes on, or waits for each save, by turns.
 
 The file system under test lies in an image on another one, which is shut down without its log (FS_IOC_SHUTDOWN) at a
 random moment of a save or a deletion: what was not flushed by then is gone, as after a power cut, and nothing arrives
@@ -12,6 +14,7 @@ import fcntl
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -81,10 +84,10 @@ class Disk:
         unmount(self.outer)
 
 
-def live(run: Path, said: Path, state_bytes: int, steps: int) -> subprocess.Popen[bytes]:
+def live(run: Path, said: Path, state_bytes: int, steps: int, mode: str) -> subprocess.Popen[bytes]:
     with said.open("w") as out:
         return subprocess.Popen(
-            [sys.executable, str(HERE / "saver.py"), str(run), str(state_bytes), str(steps)],
+            [sys.executable, str(HERE / "saver.py"), str(run), str(state_bytes), str(steps), mode],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment(),
@@ -96,30 +99,22 @@ def last(said: Path, what: str) -> int:
     return int(found[-1]) if found else -1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("kind", choices=["ext4", "xfs", "btrfs"])
-    parser.add_argument("--cuts", type=int, default=20)
-    parser.add_argument("--state-mb", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    parser.add_argument("--place", type=Path, default=Path(tempfile.gettempdir()))
-    options = parser.parse_args()
-    print(f"{options.kind}, seed {options.seed}")
-    moments = random.Random(options.seed)
-    state_bytes = int(options.state_mb * 1e6)
-    with tempfile.TemporaryDirectory(dir=options.place) as name:
+def cut_off(kind: str, cuts: int, state_bytes: int, seed: int, at: Path) -> None:
+    """Cut the power so often, and say how many of the cuts fell into a save."""
+    print(f"{kind}, seed {seed}", flush=True)
+    moments = random.Random(seed)
+    with tempfile.TemporaryDirectory(dir=at) as name:
         place = Path(name)
-        disk = Disk(place, options.kind)
+        disk = Disk(place, kind)
         try:
             acknowledged, in_save = -1, 0
-            for number in range(options.cuts):
+            for number in range(cuts):
                 said = place / f"{number}.out"
-                life = live(disk.inner / "run", said, state_bytes, 1000)
+                mode = ("sync", "background")[number % 2]
+                life = live(disk.inner / "run", said, state_bytes, 1000, mode)
                 while last(said, "saving") < 0:
                     if life.poll() is not None:
-                        raise SystemExit(f"seed {options.seed}, life {number}: {said.read_text()}")
+                        raise SystemExit(f"seed {seed}, life {number}: {said.read_text()}")
                     time.sleep(0.002)
                 resumed = last(said, "resumed")
                 if resumed < acknowledged:
@@ -135,14 +130,27 @@ def main() -> None:
                 in_save += last(said, "saving") != last(said, "saved")
                 disk.start_again()
             said = place / "last.out"
-            code = live(disk.inner / "run", said, state_bytes, 2).wait()
+            code = live(disk.inner / "run", said, state_bytes, 2, "sync").wait()
             if code != 0 or last(said, "resumed") < acknowledged:
                 raise SystemExit(f"after the last cut: {said.read_text()}")
-            print(
-                f"{options.cuts} of {options.cuts} cuts lost nothing acknowledged; {in_save} fell into a save"
-            )
+            print(f"{cuts} of {cuts} cuts lost nothing acknowledged; {in_save} fell into a save", flush=True)
         finally:
             disk.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [kind for kind in ("ext4", "xfs", "btrfs") if shutil.which(f"mkfs.{kind}")]
+    parser.add_argument("kinds", nargs="*", default=known, help="file systems; all that can be made here")
+    parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--state-mb", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--place", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    for kind in options.kinds:
+        cut_off(kind, options.cuts, int(options.state_mb * 1e6), options.seed, options.place)
 
 
 if __name__ == "__main__":
