@@ -476,15 +476,15 @@ impl Run {
     ///
     /// Nothing that was committed before is touched. A full disk's error has the bytes needed and free.
     pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
-        Ok(self.commit_memory(commit, false)?.info().clone())
+        Ok(self.commit_memory(commit, None)?.info().clone())
     }
 
-    /// [`Run::commit`] of memory that nobody changes meanwhile: it may be written from where it is.
-    pub(crate) fn commit_still(&self, commit: Commit) -> Result<Checkpoint> {
-        self.commit_memory(commit, true)
+    /// [`Run::commit`] of storages in memory that nobody changes meanwhile: they may be written from where they are.
+    pub(crate) fn commit_still(&self, commit: Commit, memory: &[u8]) -> Result<Checkpoint> {
+        self.commit_memory(commit, Some(memory))
     }
 
-    fn commit_memory(&self, commit: Commit, still: bool) -> Result<Checkpoint> {
+    fn commit_memory(&self, commit: Commit, still: Option<&[u8]>) -> Result<Checkpoint> {
         self.check_lock()?;
         let (step, phase) = (commit.step, commit.phase);
         let mut store = guard(&self.store);

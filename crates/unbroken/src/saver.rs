@@ -259,8 +259,7 @@ impl Saver {
             if !confirmed || !expected.iter().all(same) {
                 return Outcome::Torn { step };
             }
-            let storages = spans.iter().map(|span| &bytes[span.clone()]).collect();
-            match write(&run, save, storages, &places) {
+            match write(&run, save, (bytes, &spans), &places) {
                 Ok(info) => Outcome::Saved(info),
                 Err(error) => Outcome::Failed { step, error },
             }
@@ -386,17 +385,23 @@ fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
     }
 }
 
-fn write(run: &Run, save: Save, storages: Vec<&[u8]>, places: &Mutex<Vec<Place>>) -> Result<CheckpointInfo> {
-    let checkpoint = run.commit_still(Commit {
+fn write(
+    run: &Run,
+    save: Save,
+    (memory, spans): (&[u8], &[Range<usize>]),
+    places: &Mutex<Vec<Place>>,
+) -> Result<CheckpointInfo> {
+    let commit = Commit {
         step: save.step,
         phase: save.phase,
         tree: save.tree,
-        storages,
+        storages: spans.iter().map(|span| &memory[span.clone()]).collect(),
         identity: save.identity,
         environment: save.environment,
         metrics: save.metrics,
         pinned: save.pinned,
-    })?;
+    };
+    let checkpoint = run.commit_still(commit, memory)?;
     *lock(places) = places_in(checkpoint.manifest());
     if let Some(keep) = save.keep {
         run.prune(&keep, false)?;

@@ -6,6 +6,7 @@
 //! direct write needs it, is written from where it is. Either way what is digested is what is written.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::arena::Arena;
@@ -59,7 +60,8 @@ impl Buffers {
 struct Job<'a> {
     file: &'a File,
     piece: usize,
-    still: bool,
+    /// What of the file lies in memory that stays as it is, in the file's order.
+    runs: Vec<Run<'a>>,
     /// Header, then storages; where each begins in the file.
     parts: Vec<&'a [u8]>,
     starts: Vec<usize>,
@@ -68,6 +70,13 @@ struct Job<'a> {
     digests: Vec<Assembly>,
     /// Groups that lie in two pieces, by the second one's number.
     seams: Vec<Mutex<Seam>>,
+}
+
+/// Bytes that lie in memory as in the file, whatever parts they are of.
+struct Run<'a> {
+    /// Where they begin in the file.
+    start: usize,
+    bytes: &'a [u8],
 }
 
 /// The bytes of a group that two pieces bring.
@@ -97,15 +106,16 @@ struct State<'a, 'b> {
     failed: bool,
 }
 
-/// Writes header and storages one behind the other, and returns each storage's digest. With `still`, nobody changes
-/// the storages meanwhile.
+/// Writes header and storages one behind the other, and returns each storage's digest.
+///
+/// What of the storages lies in `still` nobody changes meanwhile.
 ///
 /// Touches no byte of the file behind them; nothing is durable before the file is synced.
 pub(super) fn write<'a>(
     file: &'a File,
     header: &'a [u8],
     storages: impl Iterator<Item = &'a [u8]>,
-    still: bool,
+    still: Option<&'a [u8]>,
     buffers: &mut Buffers,
 ) -> Result<Vec<Digest>> {
     let job = Job::new(file, header, storages, still, buffers.piece);
@@ -224,7 +234,7 @@ impl<'a> Job<'a> {
         file: &'a File,
         header: &'a [u8],
         storages: impl Iterator<Item = &'a [u8]>,
-        still: bool,
+        still: Option<&'a [u8]>,
         piece: usize,
     ) -> Job<'a> {
         let parts: Vec<&[u8]> = std::iter::once(header).chain(storages).collect();
@@ -238,7 +248,7 @@ impl<'a> Job<'a> {
         Job {
             file,
             piece,
-            still,
+            runs: still.map_or_else(Vec::new, |still| runs_in(still, &parts, &starts)),
             starts,
             length,
             digests: parts[1..].iter().map(digest).collect(),
@@ -275,14 +285,18 @@ impl<'a> Job<'a> {
 
     /// A whole piece's bytes where it can be written from where they are.
     fn in_place(&self, piece: usize) -> Option<&'a [u8]> {
-        let start = piece * self.piece;
-        let end = start + self.piece;
-        if !self.still || end > self.length {
-            return None;
-        }
-        let (part, from) = self.find(start);
-        let bytes = self.parts[part].get(from..from + self.piece)?;
-        (part > 0 && bytes.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)).then_some(bytes)
+        self.in_memory(piece * self.piece, self.piece)
+            .filter(|bytes| bytes.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT))
+    }
+
+    /// The file's bytes from `start` on, where they lie in memory as there.
+    fn in_memory(&self, start: usize, length: usize) -> Option<&'a [u8]> {
+        let run = self
+            .runs
+            .partition_point(|run| run.start <= start)
+            .checked_sub(1)?;
+        let run = &self.runs[run];
+        run.bytes.get(start - run.start..)?.get(..length)
     }
 
     /// All that is written from where it is, in as few writes as are worth it.
@@ -293,13 +307,12 @@ impl<'a> Job<'a> {
                 continue;
             };
             let start = piece * self.piece;
-            let (part, from) = self.find(start);
             if let Some((before, last)) = found.back_mut()
                 && *before + last.len() == start
-                && from >= last.len()
                 && last.len() < AT_ONCE * self.piece
+                && let Some(both) = self.in_memory(*before, last.len() + bytes.len())
             {
-                *last = &self.parts[part][from - last.len()..from + bytes.len()];
+                *last = both;
             } else {
                 found.push_back((start, bytes));
             }
@@ -307,40 +320,46 @@ impl<'a> Job<'a> {
         found
     }
 
-    /// Digests a piece that lies in one part.
+    /// Digests a piece that is written from where it is.
     fn digest_in_place(&self, piece: usize, bytes: &[u8]) {
-        let (part, from) = self.find(piece * self.piece);
-        self.each_group(part, from, bytes.len(), |at, stop, group_end| {
-            self.digest(piece, part, at, group_end, &bytes[at - from..stop - from]);
+        self.each_part(piece, bytes.len(), |part, from, range| {
+            let bytes = &bytes[range];
+            self.each_group(part, from, bytes.len(), |at, stop, group_end| {
+                self.digest(piece, part, at, group_end, &bytes[at - from..stop - from]);
+            });
         });
     }
 
     /// Copies what the file has in a piece into the buffer, digests it, and returns how much it is.
     fn fill(&self, piece: usize, buffer: &mut [u8]) -> usize {
-        let start = piece * self.piece;
-        let filled = (self.length - start).min(self.piece);
-        let (mut part, _) = self.find(start);
-        let mut done = 0;
-        while done < filled {
-            let from = start + done - self.starts[part];
-            let count = (self.parts[part].len() - from).min(filled - done);
-            let (source, into) = (
-                &self.parts[part][from..from + count],
-                &mut buffer[done..done + count],
-            );
+        let filled = (self.length - piece * self.piece).min(self.piece);
+        self.each_part(piece, filled, |part, from, range| {
+            let (source, into) = (&self.parts[part][from..from + range.len()], &mut buffer[range]);
             if part == 0 {
                 into.copy_from_slice(source); // The header's digest is in the layout.
-            } else {
-                self.each_group(part, from, count, |at, stop, group_end| {
-                    let bytes = &mut into[at - from..stop - from];
-                    bytes.copy_from_slice(&source[at - from..stop - from]);
-                    self.digest(piece, part, at, group_end, bytes); // Still in the nearest cache.
-                });
+                return;
             }
-            done += count;
-            part += 1;
-        }
+            self.each_group(part, from, source.len(), |at, stop, group_end| {
+                let bytes = &mut into[at - from..stop - from];
+                bytes.copy_from_slice(&source[at - from..stop - from]);
+                self.digest(piece, part, at, group_end, bytes); // Still in the nearest cache.
+            });
+        });
         filled
+    }
+
+    /// Calls `visit` for each part that has a share in the first `length` bytes of a piece: which of the part's bytes is
+    /// the share's first, and where the share is in the piece.
+    fn each_part(&self, piece: usize, length: usize, mut visit: impl FnMut(usize, usize, Range<usize>)) {
+        let start = piece * self.piece;
+        let (mut part, mut from) = self.find(start);
+        let mut done = 0;
+        while done < length {
+            let count = (self.parts[part].len() - from).min(length - done);
+            visit(part, from, done..done + count);
+            done += count;
+            (part, from) = (part + 1, 0);
+        }
     }
 
     /// Calls `visit` for each group that `count` bytes of a part, from its byte `from` on, have a share in: where the
@@ -382,6 +401,28 @@ impl<'a> Job<'a> {
     }
 }
 
+/// What of a file's parts lies in `memory`, those that lie there one behind the other as in the file as one.
+fn runs_in<'a>(memory: &'a [u8], parts: &[&[u8]], starts: &[usize]) -> Vec<Run<'a>> {
+    let mut found: Vec<(usize, Range<usize>)> = Vec::new();
+    for (part, &start) in parts.iter().zip(starts).filter(|(part, _)| !part.is_empty()) {
+        let at = part.as_ptr().addr().checked_sub(memory.as_ptr().addr());
+        let Some(at) = at.filter(|at| at + part.len() <= memory.len()) else {
+            continue;
+        };
+        match found.last_mut() {
+            Some((first, range)) if range.end == at && *first + range.len() == start => {
+                range.end += part.len()
+            }
+            _ => found.push((start, at..at + part.len())),
+        }
+    }
+    let run = |(start, range): (usize, Range<usize>)| Run {
+        start,
+        bytes: &memory[range],
+    };
+    found.into_iter().map(run).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -409,6 +450,7 @@ mod tests {
         let bytes = storages.concat();
         let mut arena = Arena::new(begin + bytes.len()).unwrap();
         arena.bytes_mut()[begin..begin + bytes.len()].copy_from_slice(&bytes);
+        let still = still.then(|| arena.bytes());
         let mut rest = &arena.bytes()[begin..];
         let slices = storages.iter().map(|storage| {
             let (slice, behind) = rest.split_at(storage.len());
@@ -446,15 +488,20 @@ mod tests {
     #[test]
     fn what_lies_in_memory_as_in_the_file_and_stays_is_written_from_there() {
         let header = vec![9; 128];
-        let storages = [vec![7; 3], vec![8; 11 * GROUP]];
-        for (still, begin, from_there) in [(true, 128, 10), (true, 64, 0), (false, 128, 0)] {
+        // Few large storages or many small ones: it is all the same where they lie one behind the other.
+        let large = vec![3, 11 * GROUP];
+        let small = [vec![3], vec![0], vec![GROUP / 8; 88]].concat();
+        for (lengths, (still, begin, from_there)) in [&large, &small]
+            .into_iter()
+            .flat_map(|lengths| [(true, 128, 10), (true, 64, 0), (false, 128, 0)].map(|case| (lengths, case)))
+        {
             let mut arena = Arena::new(begin + 12 * GROUP).unwrap();
-            let bytes = &mut arena.bytes_mut()[begin..][..3 + 11 * GROUP];
-            bytes.copy_from_slice(&storages.concat());
-            let (first, second) = bytes.split_at(3);
+            arena.bytes_mut()[begin..][..3 + 11 * GROUP].fill(7);
+            let mut rest = &arena.bytes()[begin..];
+            let storages = lengths.iter().map(|&length| rest.split_off(..length).unwrap());
             let memory = MemoryStorage::new();
             let file = Directory::new(Arc::new(memory)).create_new("f").unwrap();
-            let job = Job::new(&file, &header, [first, second].into_iter(), still, GROUP);
+            let job = Job::new(&file, &header, storages, still.then(|| arena.bytes()), GROUP);
             let straight = job.straight();
             let total: usize = straight.iter().map(|(_, bytes)| bytes.len()).sum();
             assert_eq!(total, from_there * GROUP, "still {still}, from {begin}");
@@ -474,7 +521,7 @@ mod tests {
             faulty.fail_at(nth, Fault::Device);
             let storage = vec![5; 9 * GROUP + 1]; // With the header, ten pieces.
             let mut buffers = Buffers::new(GROUP, 3);
-            let outcome = write(&file, &[1; 64], std::iter::once(&*storage), false, &mut buffers);
+            let outcome = write(&file, &[1; 64], std::iter::once(&*storage), None, &mut buffers);
             assert_eq!(outcome.is_err(), nth < 10, "write {nth}");
         }
     }

@@ -185,8 +185,8 @@ impl Plan {
 }
 
 impl Store {
-    /// Writes one checkpoint. With `still`, nobody changes the storages' bytes meanwhile: they may be written from where
-    /// they are.
+    /// Writes one checkpoint. What of the storages lies in `still` nobody changes meanwhile: it may be written from where
+    /// it is.
     ///
     /// # Durability
     ///
@@ -202,7 +202,7 @@ impl Store {
         life: u32,
         created: String,
         journal_head: Digest,
-        still: bool,
+        still: Option<&[u8]>,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let mut plan = self.plan(&commit)?;
@@ -259,7 +259,7 @@ impl Store {
         manifest: &mut Manifest,
         plan: &Plan,
         storages: &[&[u8]],
-        still: bool,
+        still: Option<&[u8]>,
         made: &mut Vec<String>,
     ) -> Result<String> {
         let mut written = Vec::with_capacity(plan.new.len());
@@ -295,7 +295,7 @@ impl Store {
         file: &File,
         new: &NewPack,
         storages: &[&[u8]],
-        still: bool,
+        still: Option<&[u8]>,
         tree: &Value,
     ) -> Result<Vec<Digest>> {
         let in_order = || new.layout.order.iter().map(|&at| (at, &new.additions[at]));
