@@ -125,8 +125,11 @@ impl Copying {
             // SAFETY: whoever lent the memory keeps it until the fence, which waits for this; each piece of the arena is
             // written by whoever took it, and read only when all are.
             unsafe { copy(piece.from, &self.arena, piece.to, piece.length) };
-            *lock(&self.copied) += 1;
-            self.changed.notify_all();
+            let mut copied = lock(&self.copied);
+            *copied += 1;
+            if *copied == self.pieces.len() {
+                self.changed.notify_all(); // Nobody waits for less, and each call costs more than a small copy.
+            }
         }
     }
 

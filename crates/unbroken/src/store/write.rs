@@ -49,6 +49,9 @@ pub struct Commit<'a> {
 /// Which sample of a storage is compared from commit to commit.
 const SAMPLE: u64 = 1;
 
+/// What a storage's bytes are by that sample.
+type Sample = [Fingerprint; WINDOWS];
+
 /// What digesting a storage first has told.
 struct Found {
     digest: Digest,
@@ -124,6 +127,7 @@ struct NewPack {
 
 /// What a commit will do.
 struct Plan {
+    samples: Vec<Sample>,
     found: Vec<Option<Found>>,
     origins: Vec<Origin>,
     packs: Vec<PackEntry>,
@@ -247,7 +251,7 @@ impl Store {
         if let Some(bases) = &mut self.bases {
             bases.note(&plan.made);
         }
-        self.remember(&manifest.storages, &commit.storages, plan.found);
+        self.remember(&manifest.storages, &commit.storages, &plan.samples, plan.found);
         let checkpoint = Checkpoint::new(&self.directory, &name, manifest);
         self.admit(&checkpoint, true);
         Ok(checkpoint)
@@ -351,10 +355,12 @@ impl Store {
     /// Decides which storages are on disk already and lays out the rest.
     fn plan(&mut self, commit: &Commit) -> Result<Plan> {
         let storages = &commit.storages;
+        let sample = |bytes: &&[u8]| Fingerprint::of_windows(bytes, SAMPLE);
+        let samples: Vec<Sample> = storages.iter().map(sample).collect();
         let sparse: Vec<bool> = (0..storages.len())
-            .map(|index| self.is_sparse(index, storages))
+            .map(|index| self.is_sparse(index, storages, &samples))
             .collect();
-        let found = self.digest_doubtful(storages);
+        let found = self.digest_doubtful(storages, &samples);
         let (fates, renewals) = self.decide(storages, &found)?;
         let mut used: HashMap<String, u64> = HashMap::new();
         for (fate, bytes) in fates.iter().zip(storages) {
@@ -399,7 +405,7 @@ impl Store {
         }
         let mut made = self.compress(commit, &candidates, &fates)?;
         let coded = take_coded(&mut made, &mut dense, &mut found, &commit.tree)?;
-        lay_out(commit, found, &fates, [lasting, coded, dense], made)
+        lay_out(commit, samples, found, &fates, [lasting, coded, dense], made)
     }
 
     /// Codes those storages that are worth it, where that was asked for.
@@ -517,13 +523,12 @@ impl Store {
     }
 
     /// How many of a storage's samples are others than at the last commit.
-    fn changed_windows(&self, index: usize, storages: &[&[u8]]) -> Option<usize> {
+    fn changed_windows(&self, index: usize, storages: &[&[u8]], samples: &[Sample]) -> Option<usize> {
         let before = self.habit(index, storages)?.windows?;
-        let now = Fingerprint::of_windows(storages[index], SAMPLE);
         Some(
             before
                 .iter()
-                .zip(&now)
+                .zip(&samples[index])
                 .filter(|(before, now)| before != now)
                 .count(),
         )
@@ -534,21 +539,21 @@ impl Store {
     }
 
     /// Whether a large storage seems to change in few places, if it changes.
-    fn is_sparse(&self, index: usize, storages: &[&[u8]]) -> bool {
+    fn is_sparse(&self, index: usize, storages: &[&[u8]], samples: &[Sample]) -> bool {
         let known = || {
             self.habit(index, storages)
                 .is_some_and(|habit| habit.chunks.is_some())
         };
         self.is_large(storages[index])
             && self
-                .changed_windows(index, storages)
+                .changed_windows(index, storages, samples)
                 .map_or_else(known, |changed| changed <= WINDOWS / 2)
     }
 
     /// Digests the storages that may be on disk already, or equal to each other, or have changed in few places. The
     /// others are taken for new: they changed from the last commit but one to the last and again since, or nothing of
     /// their length is anywhere.
-    fn digest_doubtful(&self, storages: &[&[u8]]) -> Vec<Option<Found>> {
+    fn digest_doubtful(&self, storages: &[&[u8]], samples: &[Sample]) -> Vec<Option<Found>> {
         let mut counts: HashMap<u64, usize> = HashMap::new();
         for storage in storages {
             *counts.entry(storage.len() as u64).or_default() += 1;
@@ -558,10 +563,10 @@ impl Store {
             let length = storages[index].len() as u64;
             let changes = self.habit(index, storages).is_some_and(|habit| habit.changes);
             let differs = || {
-                self.changed_windows(index, storages)
+                self.changed_windows(index, storages, samples)
                     .is_some_and(|changed| changed > 0)
             };
-            let as_before = changes && !self.is_sparse(index, storages) && differs();
+            let as_before = changes && !self.is_sparse(index, storages, samples) && differs();
             as_before || (counts[&length] == 1 && !lengths.contains(&length))
         };
         let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
@@ -584,7 +589,13 @@ impl Store {
     }
 
     /// Takes note of which storages change from one commit to the next, and how, and are equal to no other.
-    fn remember(&mut self, storages: &[StorageEntry], bytes: &[&[u8]], found: Vec<Option<Found>>) {
+    fn remember(
+        &mut self,
+        storages: &[StorageEntry],
+        bytes: &[&[u8]],
+        samples: &[Sample],
+        found: Vec<Option<Found>>,
+    ) {
         let mut counts: HashMap<&Digest, usize> = HashMap::new();
         for storage in storages {
             *counts.entry(&storage.digest).or_default() += 1;
@@ -593,12 +604,12 @@ impl Store {
             let there = self.places.contains_key(&(storage.digest, storage.length));
             let old = self.habit(index, bytes);
             let unknown = old.is_none_or(|old| old.windows.is_none());
-            let kept = unknown || self.is_sparse(index, bytes);
+            let kept = unknown || self.is_sparse(index, bytes, samples);
             Habit {
                 digest: storage.digest,
                 length: storage.length,
                 changes: counts[&storage.digest] == 1 && !there && old.is_some(),
-                windows: Some(Fingerprint::of_windows(bytes[index], SAMPLE)),
+                windows: Some(samples[index]),
                 chunks: found.and_then(|found| found.chunks).filter(|_| kept),
             }
         };
@@ -742,6 +753,7 @@ fn changed(tree: &Value, storage: usize) -> Error {
 /// Lays the new packs out, and says where everything is then.
 fn lay_out(
     commit: &Commit,
+    samples: Vec<Sample>,
     found: Vec<Option<Found>>,
     fates: &[Fate],
     additions: [Vec<Addition>; 3],
@@ -799,6 +811,7 @@ fn lay_out(
         }
     }
     Ok(Plan {
+        samples,
         found,
         origins: origins
             .into_iter()
