@@ -3,6 +3,7 @@
 //! Touches: nothing. Its file is immutable and named after its own digest; what a whole manifest says is checked before
 //! anyone acts on it, so that an index, a view or a name in it can be trusted.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use crate::digest::{Digest, unhex};
@@ -250,7 +251,7 @@ pub struct CheckpointName {
 /// Whatever [`decode`] would refuse.
 pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
     check(manifest)?;
-    let payload = value::encode_nested(&lower(manifest)?, value::MAX_DEPTH + 1, value::MAX_MEMORY)?;
+    let payload = value::encode_mapping(&lower(manifest)?, value::MAX_DEPTH + 1, value::MAX_MEMORY)?;
     let mut bytes = Vec::with_capacity(PAYLOAD + payload.len() + DIGEST);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&version_of(manifest).to_le_bytes());
@@ -334,7 +335,8 @@ fn open(bytes: &[u8]) -> Result<(u32, &[u8], Digest), Flaw> {
     Ok((version, &body[PAYLOAD..], found))
 }
 
-fn lower(manifest: &Manifest) -> Result<Value, Flaw> {
+/// A manifest's parts as values. The tree is as large as the rest is not, and is only looked at.
+fn lower(manifest: &Manifest) -> Result<Vec<(&str, Cow<'_, Value>)>, Flaw> {
     let storages = manifest.storages.iter().map(lower_storage);
     let packs = manifest.packs.iter().map(|entry| {
         Ok(Value::List(vec![
@@ -348,28 +350,23 @@ fn lower(manifest: &Manifest) -> Result<Value, Flaw> {
         .iter()
         .map(|(name, bits)| (Value::Str(name.clone()), Value::Float(*bits)));
     let values = [
-        Value::Str(manifest.run_id.clone()),
-        record::count("a step", manifest.step)?,
-        Value::Int(i64::from(manifest.phase)),
-        manifest.parent.clone().map_or(Value::None, Value::Str),
-        Value::Int(i64::from(manifest.life)),
-        Value::Str(manifest.created.clone()),
-        manifest.tree.clone(),
-        Value::List(storages.collect::<Result<_, Flaw>>()?),
-        Value::List(packs.collect::<Result<_, Flaw>>()?),
-        record::named(&manifest.identity),
-        record::named(&manifest.environment),
-        Value::Dict(metrics.collect()),
-        Value::Bool(manifest.pinned),
-        record::digest(&manifest.journal_head),
-        record::count("new bytes", manifest.new_bytes)?,
+        Cow::Owned(Value::Str(manifest.run_id.clone())),
+        Cow::Owned(record::count("a step", manifest.step)?),
+        Cow::Owned(Value::Int(i64::from(manifest.phase))),
+        Cow::Owned(manifest.parent.clone().map_or(Value::None, Value::Str)),
+        Cow::Owned(Value::Int(i64::from(manifest.life))),
+        Cow::Owned(Value::Str(manifest.created.clone())),
+        Cow::Borrowed(&manifest.tree),
+        Cow::Owned(Value::List(storages.collect::<Result<_, Flaw>>()?)),
+        Cow::Owned(Value::List(packs.collect::<Result<_, Flaw>>()?)),
+        Cow::Owned(record::named(&manifest.identity)),
+        Cow::Owned(record::named(&manifest.environment)),
+        Cow::Owned(Value::Dict(metrics.collect())),
+        Cow::Owned(Value::Bool(manifest.pinned)),
+        Cow::Owned(record::digest(&manifest.journal_head)),
+        Cow::Owned(record::count("new bytes", manifest.new_bytes)?),
     ];
-    Ok(Value::Dict(
-        KEYS.iter()
-            .map(|key| Value::Str((*key).to_owned()))
-            .zip(values)
-            .collect(),
-    ))
+    Ok(KEYS.into_iter().zip(values).collect())
 }
 
 fn lower_storage(entry: &StorageEntry) -> Result<Value, Flaw> {

@@ -3,6 +3,8 @@
 //! Touches: nothing. No recursion deeper than [`MAX_DEPTH`], no allocation that the bytes at hand do not pay for. The
 //! same rules bind both directions: what [`encode`] writes [`decode`] reads, and nothing else.
 
+use std::borrow::Cow;
+
 use minicbor::data::Tag;
 use minicbor::{Decoder, Encoder};
 
@@ -49,7 +51,9 @@ const TAG_BIG_NEGATIVE: u64 = 3;
 /// [`Flaw::Limit`] where it is nested too deep, too large or a name is too long; [`Flaw::Malformed`] where it breaks a
 /// rule of its type: a big integer that is not canonical, a key twice.
 pub fn encode(value: &Value) -> Result<Vec<u8>, Flaw> {
-    encode_nested(value, MAX_DEPTH, MAX_MEMORY)
+    let mut writer = Writer::behind(Vec::new(), MAX_MEMORY)?;
+    writer.value(value, MAX_DEPTH)?;
+    Ok(writer.finish())
 }
 
 /// Returns the value of canonical bytes.
@@ -70,10 +74,21 @@ pub fn digest_value(value: &Value) -> Result<Digest, Flaw> {
     encode(value).map(|bytes| Digest::of(&bytes))
 }
 
-/// [`encode`] with room for the layers that a manifest or a record puts around user values, and another budget.
-pub(super) fn encode_nested(value: &Value, depth: usize, memory: usize) -> Result<Vec<u8>, Flaw> {
+/// [`encode`] of a mapping with text keys that was never put together, with room for the layers that a manifest puts
+/// around user values, and another budget.
+pub(super) fn encode_mapping(
+    items: &[(&str, Cow<'_, Value>)],
+    depth: usize,
+    memory: usize,
+) -> Result<Vec<u8>, Flaw> {
+    let inner = depth.checked_sub(1).ok_or_else(too_deep)?;
     let mut writer = Writer::behind(Vec::new(), memory)?;
-    writer.value(value, depth)?;
+    writer.mapping(
+        items,
+        |writer, key| writer.text(key),
+        |writer, value| writer.value(value, inner),
+    )?;
+    check_length(writer.bytes().len())?;
     Ok(writer.finish())
 }
 
