@@ -12,6 +12,7 @@ mod renewal;
 mod retention;
 mod write;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -564,11 +565,11 @@ pub(crate) fn is_pack_name(name: &str) -> bool {
 }
 
 /// Calls `visit` with each tensor leaf and its path, in the tree's order.
-pub(crate) fn walk(tree: &Value, visit: &mut dyn FnMut(&str, &Tensor)) {
+pub(crate) fn walk<'t>(tree: &'t Value, visit: &mut dyn FnMut(&str, &'t Tensor)) {
     descend(tree, &mut String::new(), 0, visit);
 }
 
-fn descend(value: &Value, path: &mut String, depth: usize, visit: &mut dyn FnMut(&str, &Tensor)) {
+fn descend<'t>(value: &'t Value, path: &mut String, depth: usize, visit: &mut dyn FnMut(&str, &'t Tensor)) {
     // Deeper trees are refused when they are encoded; looking for names must not overflow the stack before.
     if depth > crate::format::value::MAX_DEPTH + 1 {
         return;
@@ -599,7 +600,13 @@ fn descend(value: &Value, path: &mut String, depth: usize, visit: &mut dyn FnMut
     }
 }
 
-fn below(part: &str, child: &Value, path: &mut String, depth: usize, visit: &mut dyn FnMut(&str, &Tensor)) {
+fn below<'t>(
+    part: &str,
+    child: &'t Value,
+    path: &mut String,
+    depth: usize,
+    visit: &mut dyn FnMut(&str, &'t Tensor),
+) {
     let length = path.len();
     if length > 0 {
         path.push('/');
@@ -610,16 +617,17 @@ fn below(part: &str, child: &Value, path: &mut String, depth: usize, visit: &mut
 }
 
 /// A mapping's key as a part of a path.
-pub fn key_text(key: &Value) -> String {
-    match key {
-        Value::Str(text) => text.clone(),
+pub fn key_text(key: &Value) -> Cow<'_, str> {
+    let text = match key {
+        Value::Str(text) => return Cow::Borrowed(text),
         Value::Int(number) => number.to_string(),
         Value::Tuple(parts) => parts.iter().map(key_text).collect::<Vec<_>>().join(","),
         Value::None => "None".to_owned(),
         Value::Bool(flag) => if *flag { "True" } else { "False" }.to_owned(),
         Value::Float(bits) => f64::from_bits(*bits).to_string(),
         other => crate::format::value::digest_value(other).map_or("?".to_owned(), |digest| digest.short()),
-    }
+    };
+    Cow::Owned(text)
 }
 
 /// Whether a tensor is its storage's bytes in order, from the first on.
@@ -655,17 +663,18 @@ fn pack_tensors(
     new: &[(usize, Option<(&'static str, u64)>)],
 ) -> Vec<pack::PackTensor> {
     // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
-    type Look = Option<(String, Vec<u64>)>;
-    let mut first: HashMap<usize, (String, Look)> = HashMap::new();
+    type Look<'t> = Option<(&'t str, &'t [u64])>;
+    let mut first: Vec<Option<(String, Look)>> = vec![None; storages.len()];
     walk(tree, &mut |path, tensor| {
-        first.entry(tensor.storage as usize).or_insert_with(|| {
-            let look = contiguous(tensor).then(|| (tensor.dtype.clone(), tensor.shape.clone()));
-            (path.to_owned(), look)
-        });
+        // What has no such storage is refused when the tree is encoded.
+        if let Some(first @ None) = first.get_mut(tensor.storage as usize) {
+            let look = contiguous(tensor).then_some((tensor.dtype.as_str(), tensor.shape.as_slice()));
+            *first = Some((path.to_owned(), look));
+        }
     });
     let mut taken = HashSet::new();
     let describe = |&(index, other): &(usize, Option<(&'static str, u64)>)| {
-        let (mut path, mut look) = first.remove(&index).unwrap_or_default();
+        let (mut path, mut look) = first[index].take().unwrap_or_default();
         if let Some((what, _)) = other {
             look = None;
             path = if path.is_empty() { path } else { path + what };
@@ -680,9 +689,6 @@ fn pack_tensors(
             }
             name
         };
-        let look = look
-            .as_ref()
-            .map(|(dtype, shape)| (dtype.as_str(), shape.as_slice()));
         let length = other.map_or(storages[index].len() as u64, |(_, bytes)| bytes);
         pack::describe(name, length, look)
     };

@@ -3,6 +3,8 @@
 //! Touches: nothing. A header is fully determined by the tensors it lists, so reading one means writing it again and
 //! comparing: what another program wrote, or changed, is not taken for ours.
 
+use std::io::{self, Write};
+
 use serde_json::Value as Json;
 
 use crate::digest::Digest;
@@ -95,8 +97,9 @@ pub fn plan(tensors: &[PackTensor]) -> Result<PackLayout, Flaw> {
             .cmp(&sizes[a].0)
             .then_with(|| tensors[a].name.cmp(&tensors[b].name))
     });
-    let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-    names.sort_unstable();
+    // From where they are nearly in order: by name within each element size.
+    let mut names: Vec<&str> = order.iter().map(|&index| tensors[index].name.as_str()).collect();
+    names.sort();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(Flaw::malformed(format!(
             "the tensor {:?} twice in one pack",
@@ -104,7 +107,7 @@ pub fn plan(tensors: &[PackTensor]) -> Result<PackLayout, Flaw> {
         )));
     }
 
-    let mut json = format!("{{\"{METADATA}\":{{\"format\":\"{FORMAT}\"}}");
+    let mut json = format!("{{\"{METADATA}\":{{\"format\":\"{FORMAT}\"}}").into_bytes();
     let mut offsets = vec![0; tensors.len()];
     let mut end = 0u64;
     for &index in &order {
@@ -116,16 +119,9 @@ pub fn plan(tensors: &[PackTensor]) -> Result<PackLayout, Flaw> {
             .filter(|end| *end <= i64::MAX as u64 - MAX_HEADER)
             .ok_or_else(too_long)?;
         offsets[index] = start;
-        let (name, shape) = (
-            Json::from(tensor.name.as_str()),
-            Json::from(tensor.shape.as_slice()),
-        );
-        let dtype = &tensor.dtype;
-        json.push_str(&format!(
-            ",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{start},{end}]}}"
-        ));
+        write_entry(&mut json, tensor, start, end).expect("memory takes all of it");
     }
-    json.push('}');
+    json.push(b'}');
     let data = (LENGTH + json.len()).next_multiple_of(ALIGNMENT);
     if data as u64 > MAX_HEADER {
         return Err(Flaw::limit(format!(
@@ -134,7 +130,7 @@ pub fn plan(tensors: &[PackTensor]) -> Result<PackLayout, Flaw> {
     }
     let mut header = Vec::with_capacity(data);
     header.extend_from_slice(&((data - LENGTH) as u64).to_le_bytes());
-    header.extend_from_slice(json.as_bytes());
+    header.extend_from_slice(&json);
     header.resize(data, b' ');
     offsets.iter_mut().for_each(|offset| *offset += data as u64);
     Ok(PackLayout {
@@ -144,6 +140,15 @@ pub fn plan(tensors: &[PackTensor]) -> Result<PackLayout, Flaw> {
         order,
         length: data as u64 + end,
     })
+}
+
+/// Writes what a header says of one tensor, behind what it says of those before.
+fn write_entry(json: &mut Vec<u8>, tensor: &PackTensor, start: u64, end: u64) -> io::Result<()> {
+    json.push(b',');
+    serde_json::to_writer(&mut *json, &tensor.name)?;
+    write!(json, ":{{\"dtype\":\"{}\",\"shape\":", tensor.dtype)?;
+    serde_json::to_writer(&mut *json, &tensor.shape)?;
+    write!(json, ",\"data_offsets\":[{start},{end}]}}")
 }
 
 /// How a storage of `length` bytes appears in a pack.
