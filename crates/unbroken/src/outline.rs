@@ -49,8 +49,8 @@ pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: Option<&[&[u8]]>
 pub(crate) struct Leaves<'t> {
     pub nodes: Vec<Node>,
     pub values: Vec<&'t Value>,
-    /// For each storage the first leaf that views it.
-    owners: HashMap<u32, String>,
+    /// For each storage the first leaf that views it, by its node's number.
+    owners: HashMap<u32, usize>,
 }
 
 impl<'t> Leaves<'t> {
@@ -66,7 +66,7 @@ impl<'t> Leaves<'t> {
             if path.is_empty() {
                 part.to_owned()
             } else {
-                format!("{path}/{part}")
+                [&path, "/", part].concat()
             }
         };
         let parts: Vec<(String, &'t Value)> = match value {
@@ -108,10 +108,7 @@ impl<'t> Leaves<'t> {
     }
 
     fn layout(&mut self, path: &str, tensor: &Tensor) -> String {
-        let owner = self
-            .owners
-            .entry(tensor.storage)
-            .or_insert_with(|| path.to_owned());
+        let owner = *self.owners.entry(tensor.storage).or_insert(self.nodes.len());
         let mut layout = String::new();
         if !tensor.shape.contains(&0) && !contiguous(tensor) {
             layout = format!(
@@ -120,7 +117,7 @@ impl<'t> Leaves<'t> {
                 tensor.offset
             );
         }
-        if owner != path {
+        if let Some(Node { path: owner, .. }) = self.nodes.get(owner).filter(|owner| owner.path != path) {
             layout.push_str(if layout.is_empty() { "" } else { ", " });
             layout.push_str(&format!("memory shared with `{owner}`"));
         }
