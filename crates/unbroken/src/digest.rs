@@ -231,6 +231,35 @@ impl Fingerprint {
     }
 }
 
+/// From so many regions on, looking at each of them is worth starting threads.
+const WORTH_THREADS: usize = 1024;
+/// Most threads that look: what they wait for is memory.
+const MAX_THREADS: usize = 4;
+
+/// Returns what `look` tells of each region, in their order; of many, on several threads.
+pub(crate) fn of_each<T: Send>(regions: &[&[u8]], look: impl Fn(&[u8]) -> T + Sync) -> Vec<T> {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = cores.min(MAX_THREADS);
+    if regions.len() < WORTH_THREADS || threads < 2 {
+        return regions.iter().map(|region| look(region)).collect();
+    }
+    let look_at = |share: &[&[u8]]| share.iter().map(|region| look(region)).collect::<Vec<T>>();
+    let (own, others) = regions.split_at(regions.len().div_ceil(threads));
+    std::thread::scope(|scope| {
+        let shares = others.chunks(own.len());
+        let helpers: Vec<_> = shares.map(|share| scope.spawn(move || look_at(share))).collect();
+        let mut found = look_at(own);
+        for helper in helpers {
+            found.extend(
+                helper
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            );
+        }
+        found
+    })
+}
+
 /// Windows in a sample.
 pub const WINDOWS: usize = 8;
 const WINDOW: usize = 256;
@@ -325,6 +354,18 @@ pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn however_many_regions_there_are_each_is_looked_at_in_its_place() {
+        let bytes: Vec<u8> = (0..9000u32).map(|index| (index * 7 / 3) as u8).collect();
+        for count in [0, 1, WORTH_THREADS, 3 * WORTH_THREADS + 1] {
+            let regions: Vec<&[u8]> = (0..count)
+                .map(|index| &bytes[index..index + index % 3000])
+                .collect();
+            let expected: Vec<Fingerprint> = regions.iter().map(|region| Fingerprint::of(region)).collect();
+            assert_eq!(of_each(&regions, Fingerprint::of), expected);
+        }
+    }
 
     #[test]
     fn groups_in_any_order_give_the_digest_of_the_whole() {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use crate::arena::{Arena, copy_all};
-use crate::digest::Fingerprint;
+use crate::digest::{self, Fingerprint};
 use crate::error::{Error, Result};
 use crate::format::manifest::{Manifest, StorageEntry};
 use crate::run::Run;
@@ -214,8 +214,9 @@ impl Saver {
         let (spans, end) = lay_out(&lengths, &lock(&self.places));
         let arena = self.arena(&mut state, end)?;
         let seed = save.step;
-        let (mut pieces, mut expected, mut at_once) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, (region, span)) in regions.iter().zip(&spans).enumerate() {
+        let (mut pieces, mut lent_spans, mut lent_bytes, mut at_once) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (region, span) in regions.iter().zip(&spans) {
             if lent < WORTH_LENDING || !region.lent {
                 assert!(span.end <= arena.len(), "the arena was made for all of it");
                 // SAFETY: the caller's promise; no thread uses the arena yet, and no two spans have a byte in common.
@@ -227,9 +228,9 @@ impl Saver {
                 });
                 continue;
             }
+            lent_spans.push(span.clone());
             // SAFETY: the caller's promise.
-            let bytes = unsafe { look_at(region) };
-            expected.push((index, fingerprint(bytes, seed, full)));
+            lent_bytes.push(unsafe { look_at(region) });
             for at in (0..region.length).step_by(PIECE) {
                 pieces.push(Piece {
                     from: region.address + at,
@@ -238,6 +239,7 @@ impl Saver {
                 });
             }
         }
+        let expected = digest::of_each(&lent_bytes, |bytes| fingerprint(bytes, seed, full));
         copy_all(at_once);
         let copying = Arc::new(Copying {
             arena,
@@ -254,12 +256,10 @@ impl Saver {
             theirs.wait();
             let bytes = theirs.arena.bytes();
             let step = save.step;
-            let same = |(index, found): &(usize, Fingerprint)| {
-                fingerprint(&bytes[spans[*index].clone()], seed, full) == *found
-            };
+            let copies: Vec<&[u8]> = lent_spans.iter().map(|span| &bytes[span.clone()]).collect();
             // Asked in any case: what it holds on to is let go of by asking.
             let confirmed = confirm.is_none_or(|confirm| confirm());
-            if !confirmed || !expected.iter().all(same) {
+            if !confirmed || expected != digest::of_each(&copies, |bytes| fingerprint(bytes, seed, full)) {
                 return Outcome::Torn { step };
             }
             match write(&run, save, (bytes, &spans), &places) {

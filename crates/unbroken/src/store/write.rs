@@ -18,7 +18,7 @@ use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Kn
 use super::{is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
 use crate::arena::Arena;
-use crate::digest::{Digest, Fingerprint, GROUP, WINDOWS};
+use crate::digest::{self, Digest, Fingerprint, GROUP, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::{self, PackLayout};
@@ -355,8 +355,7 @@ impl Store {
     /// Decides which storages are on disk already and lays out the rest.
     fn plan(&mut self, commit: &Commit) -> Result<Plan> {
         let storages = &commit.storages;
-        let sample = |bytes: &&[u8]| Fingerprint::of_windows(bytes, SAMPLE);
-        let samples: Vec<Sample> = storages.iter().map(sample).collect();
+        let samples = digest::of_each(storages, |bytes| Fingerprint::of_windows(bytes, SAMPLE));
         let sparse: Vec<bool> = (0..storages.len())
             .map(|index| self.is_sparse(index, storages, &samples))
             .collect();
