@@ -240,9 +240,9 @@ class Ours:
             if self.deletes:
                 self.delete()
         else:
-            owned = Owned(objects.values() if self.mode == "background" else ())
+            owned = Owned(objects.values() if self.mode == "background" else (), captured.storages)
             keep = (2, None, None) if self.deletes else None
-            regions = captured.lendable(owned.keys)
+            regions = captured.lendable(owned)
             self.run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
             self.lent = (captured, owned)
         self.step += 1

@@ -192,6 +192,28 @@ class TensorReader:
     def __init__(self, *, tensor: type, parameter: tuple[type, str], exchange: object | None) -> None: ...
     def large(self, tensors: list[Any], least_bytes: int) -> list[tuple[Any, int, int]]:
         """Return (tensor, address, length in bytes) of each whose storage on the CPU has at least so many bytes."""
+    def versions(self, tensors: list[Any], least_bytes: int, regions: Regions) -> Versions:
+        """Read the version counters of those among the tensors that `large` would return.
+
+        A tensor that is all of a storage in `regions` is not asked for its storage again. One that was made in inference
+        mode has no counter and is left out.
+        """
+
+@final
+class Versions:
+    """Tensors' version counters: whether anybody was seen to write to them since."""
+
+    @property
+    def storages(self) -> set[tuple[int, int]]:
+        """(address, length in bytes) of their storages."""
+    def unchanged(self) -> bool:
+        """Tell whether no counter has moved."""
+
+@final
+class Lent:
+    """The memory of a save, as `Run.save` takes it."""
+
+    def __len__(self) -> int: ...
 
 @final
 class Regions:
@@ -215,10 +237,10 @@ class Regions:
         """Return what `leaf` does without flags; None also for a tensor that holds a gradient."""
     def spans(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each."""
-    def lent(self, owned: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Return (address, length in bytes, whether it stays as it is until an optimizer steps) of each.
+    def lent(self, owned: Versions) -> Lent:
+        """Return all of them for a save.
 
-        `owned` are (address, length in bytes) of the storages that only optimizers write to.
+        What is the capture's own, or a storage of `owned`, stays as it is until an optimizer steps.
         """
 
 @final
@@ -455,7 +477,7 @@ class Run:
         step: int,
         phase: int,
         tree: Value,
-        storages: Sequence[tuple[int, int, bool]],
+        storages: Lent | Sequence[tuple[int, int, bool]],
         identity: Mapping[str, Value],
         environment: Mapping[str, Value],
         metrics: Mapping[str, float],

@@ -214,11 +214,12 @@ class Saves:
         if not self._disk.attempt(before):
             return
         keep = self._keep
-        owned = Owned(self._objects.values() if self._mode == "background" else ())
+        objects = self._objects.values() if self._mode == "background" else ()
+        owned = Owned(objects, captured.storages)
         try:
             self._core.save(
                 **checkpoint,
-                storages=captured.lendable(owned.keys),
+                storages=captured.lendable(owned),
                 keep=(keep.last, keep.every, keep.best) if keep.last is not None else None,
                 full=self._level == "full",
                 confirm=owned.unchanged,

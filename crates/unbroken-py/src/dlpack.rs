@@ -128,22 +128,18 @@ impl View<'_> {
         matches!(self.dtype, "complex64" | "complex128" | "int8" | "uint8")
     }
 
-    /// Whether its elements lie one after the other and are so many bytes. The stride of a single element is never used
-    /// and may be anything.
-    pub(crate) fn is_dense(&self, length: u64) -> bool {
+    /// How many bytes its elements are, where they lie one after the other. The stride of a single element is never
+    /// used and may be anything.
+    pub(crate) fn dense_bytes(&self) -> Option<usize> {
         let mut expected = 1i64;
         for (&extent, &stride) in self.shape.iter().zip(self.strides).rev() {
             if extent != 1 && stride != expected {
-                return false;
+                return None;
             }
-            match expected.checked_mul(extent) {
-                Some(next) => expected = next,
-                None => return false,
-            }
+            expected = expected.checked_mul(extent)?;
         }
-        u64::try_from(expected)
-            .ok()
-            .and_then(|count| count.checked_mul(self.element_bytes))
-            == Some(length)
+        usize::try_from(expected)
+            .ok()?
+            .checked_mul(usize::try_from(self.element_bytes).ok()?)
     }
 }

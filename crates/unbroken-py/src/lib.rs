@@ -52,7 +52,7 @@ mod module {
     #[pymodule_export]
     use crate::step::Recorder;
     #[pymodule_export]
-    use crate::storages::{Regions, TensorReader};
+    use crate::storages::{Lent, Regions, TensorReader, Versions};
     #[pymodule_export]
     use crate::watched::WatchedMemory;
 

@@ -2,6 +2,7 @@
 //!
 //! Touches: the run directory; memory that Python lends for the length of a commit, or until the fence of a save.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use unbroken::store::{Best, Commit, Compression, Order, Retention, Tuning};
 use crate::checkpoint::{Checkpoint, CheckpointInfo, opened_into, pairs};
 use crate::error;
 use crate::memory::{check_region, look_at, regions_from_python};
+use crate::storages::Lent;
 use crate::value::{fields_from_python, from_python};
 
 /// The first component in which a step executed again differs from the journal.
@@ -224,15 +226,7 @@ impl Run {
         confirm: Option<Py<PyAny>>,
         boundary: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
-        let regions: Vec<(usize, usize, bool)> = storages.extract()?;
-        let regions = regions.into_iter().map(|(address, length, lent)| {
-            check_region(py, address, length).map(|()| Region {
-                address,
-                length,
-                lent,
-            })
-        });
-        let regions: Vec<Region> = regions.collect::<PyResult<_>>()?;
+        let regions = lendable_from_python(storages)?;
         let described = Described::from_keywords(boundary)?;
         let save = Save {
             step: described.step,
@@ -337,6 +331,22 @@ fn compression(py: Python<'_>, name: Option<&str>) -> PyResult<Compression> {
             Err(error::invalid(py, what))
         }
     }
+}
+
+/// Reads what a capture tells of its storages, or (address, length in bytes, lent) of each.
+fn lendable_from_python<'a>(storages: &'a Bound<'_, PyAny>) -> PyResult<Cow<'a, [Region]>> {
+    if let Ok(lent) = storages.cast::<Lent>() {
+        return Ok(Cow::Borrowed(&lent.get().regions)); // Each was checked when it was added.
+    }
+    let regions: Vec<(usize, usize, bool)> = storages.extract()?;
+    let regions = regions.into_iter().map(|(address, length, lent)| {
+        check_region(storages.py(), address, length).map(|()| Region {
+            address,
+            length,
+            lent,
+        })
+    });
+    regions.collect::<PyResult<Vec<Region>>>().map(Cow::Owned)
 }
 
 /// What is kept: the newest, every so many steps, the best of one metric.

@@ -5,11 +5,13 @@
 //! takes one call here.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, Hasher};
 
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyCapsule, PyDict, PyType};
 use unbroken::Value;
+use unbroken::saver::Region;
 use unbroken::state;
 
 use crate::dlpack::{Exchange, View};
@@ -49,9 +51,42 @@ impl TensorReader {
         tensors: Vec<Bound<'py, PyAny>>,
         least_bytes: u64,
     ) -> PyResult<Vec<(Bound<'py, PyAny>, usize, usize)>> {
+        self.find_large(tensors, least_bytes, None)
+    }
+
+    /// Read the version counters of those among the tensors that `large` would return and that have one.
+    fn versions(
+        &self,
+        tensors: Vec<Bound<'_, PyAny>>,
+        least_bytes: u64,
+        regions: PyRef<'_, Regions>,
+    ) -> PyResult<Versions> {
+        Versions::of(self.find_large(tensors, least_bytes, Some(&regions))?)
+    }
+}
+
+impl TensorReader {
+    /// A tensor that is all of a storage in `regions` is not asked for its storage again.
+    fn find_large<'py>(
+        &self,
+        tensors: Vec<Bound<'py, PyAny>>,
+        least_bytes: u64,
+        regions: Option<&Regions>,
+    ) -> PyResult<Vec<(Bound<'py, PyAny>, usize, usize)>> {
         let mut found = Vec::new();
         for tensor in tensors {
-            if self.view(&tensor).is_none() {
+            let Some(view) = self.view(&tensor) else {
+                continue;
+            };
+            let known = view.dense_bytes().map(|length| (view.address, length));
+            if let Some((address, length)) = known
+                && regions
+                    .as_ref()
+                    .is_some_and(|regions| regions.find(address, length).is_some())
+            {
+                if length as u64 >= least_bytes {
+                    found.push((tensor, address, length));
+                }
                 continue;
             }
             let storage = tensor.call_method0(intern!(tensor.py(), "untyped_storage"))?;
@@ -62,9 +97,7 @@ impl TensorReader {
         }
         Ok(found)
     }
-}
 
-impl TensorReader {
     fn view<'a>(&self, tensor: &'a Bound<'_, PyAny>) -> Option<View<'a>> {
         self.exchange.as_ref()?.view(tensor)
     }
@@ -77,6 +110,93 @@ impl TensorReader {
 
     fn is_known(&self, tensor: &Bound<'_, PyAny>) -> bool {
         tensor.get_type().is(&self.tensor) || self.is_parameter(tensor)
+    }
+}
+
+/// Tensors' version counters: whether anybody was seen to write to them since.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct Versions {
+    tensors: Vec<(Py<PyAny>, i64)>,
+    storages: HashSet<Key, Scatter>,
+}
+
+#[pymethods]
+impl Versions {
+    /// (address, length in bytes) of their storages.
+    #[getter]
+    fn storages(&self) -> HashSet<Key> {
+        self.storages.iter().copied().collect()
+    }
+
+    /// Tell whether no counter has moved.
+    fn unchanged(&self, py: Python<'_>) -> PyResult<bool> {
+        for (tensor, version) in &self.tensors {
+            if version_of(tensor.bind(py))? != *version {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Versions {
+    /// Reads the counters of (tensor, address, length in bytes) each. A tensor made in inference mode has none and is left
+    /// out.
+    fn of(found: Vec<(Bound<'_, PyAny>, usize, usize)>) -> PyResult<Self> {
+        let mut versions = Versions {
+            tensors: Vec::with_capacity(found.len()),
+            storages: HashSet::with_capacity_and_hasher(found.len(), Scatter),
+        };
+        for (tensor, address, length) in found {
+            if !flag(tensor.call_method0(intern!(tensor.py(), "is_inference"))?) {
+                let version = version_of(&tensor)?;
+                versions.tensors.push((tensor.unbind(), version));
+                versions.storages.insert((address, length));
+            }
+        }
+        Ok(versions)
+    }
+}
+
+fn version_of(tensor: &Bound<'_, PyAny>) -> PyResult<i64> {
+    tensor.getattr(intern!(tensor.py(), "_version"))?.extract()
+}
+
+/// Address and length in bytes.
+type Key = (usize, usize);
+
+/// Hashes addresses and lengths, which nobody chooses to be alike: a capture asks for thousands.
+#[derive(Clone, Copy, Default)]
+struct Scatter;
+
+impl BuildHasher for Scatter {
+    type Hasher = Scattered;
+
+    fn build_hasher(&self) -> Scattered {
+        Scattered(0)
+    }
+}
+
+struct Scattered(u64);
+
+impl Hasher for Scattered {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u64(u64::from(byte)));
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        self.write_u64(number as u64);
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // Odd, and of no pattern: 2^64 over the golden ratio. What is multiplied counts in the high bits, hence the turn.
+        self.0 = (self.0 ^ number)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(32);
     }
 }
 
@@ -93,17 +213,30 @@ enum Place {
 #[pyclass(module = "unbroken._core")]
 pub(crate) struct Regions {
     reader: Py<TensorReader>,
-    regions: Vec<Region>,
-    places: HashMap<(usize, usize), Place>,
+    regions: Vec<Captured>,
+    places: HashMap<Key, Place, Scatter>,
     /// Keeps alive what the leaves view.
     held: Vec<Py<PyAny>>,
 }
 
-struct Region {
+struct Captured {
     address: usize,
     length: usize,
     /// It is nobody's but the capture's.
     private: bool,
+}
+
+/// The memory of a save, as it is told to `Run.save`.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct Lent {
+    pub(crate) regions: Vec<Region>,
+}
+
+#[pymethods]
+impl Lent {
+    fn __len__(&self) -> usize {
+        self.regions.len()
+    }
 }
 
 #[pymethods]
@@ -113,7 +246,7 @@ impl Regions {
         Regions {
             reader,
             regions: Vec::new(),
-            places: HashMap::new(),
+            places: HashMap::default(),
             held: Vec::new(),
         }
     }
@@ -188,26 +321,27 @@ impl Regions {
 
     /// Return (address, length in bytes) of each.
     fn spans(&self) -> Vec<(usize, usize)> {
-        let span = |region: &Region| (region.address, region.length);
+        let span = |region: &Captured| (region.address, region.length);
         self.regions.iter().map(span).collect()
     }
 
-    /// Return (address, length in bytes, whether it stays as it is until an optimizer steps) of each.
-    ///
-    /// `owned` holds (address, length in bytes) of the storages that only optimizers write to.
-    fn lent(&self, owned: Vec<(usize, usize)>) -> Vec<(usize, usize, bool)> {
-        let owned: HashSet<(usize, usize)> = owned.into_iter().collect();
-        let lend = |region: &Region| {
-            let lent = region.private || owned.contains(&(region.address, region.length));
-            (region.address, region.length, lent)
+    /// Return all of them for a save; what is the capture's own, or a storage of `owned`, stays as it is until an
+    /// optimizer steps.
+    fn lent(&self, owned: &Versions) -> Lent {
+        let lend = |region: &Captured| Region {
+            address: region.address,
+            length: region.length,
+            lent: region.private || owned.storages.contains(&(region.address, region.length)),
         };
-        self.regions.iter().map(lend).collect()
+        Lent {
+            regions: self.regions.iter().map(lend).collect(),
+        }
     }
 }
 
 impl Regions {
     fn push(&mut self, address: usize, length: usize, private: bool) -> u32 {
-        self.regions.push(Region {
+        self.regions.push(Captured {
             address,
             length,
             private,
@@ -232,7 +366,7 @@ impl Regions {
         let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
         let (address, length) = (view.address, length_of(&storage)?);
         // As dense as it is, it begins where its storage does if it is as long.
-        if length == 0 || !view.is_dense(length as u64) {
+        if length == 0 || view.dense_bytes() != Some(length) {
             return Ok(None);
         }
         let index = match self.places.get(&(address, length)) {

@@ -5,12 +5,12 @@ Touches: torch's global hooks, from `install` until `uninstall`; reads optimizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from unbroken.torch import tensors
+from unbroken.torch.tensors import Storages
 
 LEND_FROM_BYTES = 64 << 10
 """Smaller storages are copied at the boundary: looking after each costs more than its copy."""
@@ -27,21 +27,18 @@ class Owned:
 
     Args:
         objects: Tracked objects; optimizers among them are asked.
+        storages: What was just captured of them.
     """
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        found = tensors.READER.large(
-            [part for item in objects for part in _tensors_of(item)], LEND_FROM_BYTES
-        )
-        # A tensor made in inference mode has no counter.
-        counted = [entry for entry in found if not entry[0].is_inference()]
-        self._tensors = [tensor for tensor, _, _ in counted]
-        self.keys = {(address, length) for _, address, length in counted}
-        self._versions = self._read()
+    def __init__(self, objects: Iterable[object], storages: Storages) -> None:
+        candidates = [part for item in objects for part in _tensors_of(item)]
+        self.versions = storages.versions(candidates, LEND_FROM_BYTES)
         self._unchanged: bool | None = None
 
-    def _read(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors]
+    @property
+    def keys(self) -> Collection[StorageKey]:
+        """Return the storages."""
+        return self.versions.storages
 
     def unchanged(self) -> bool:
         """Tell whether no tensor's version counter had moved when this was asked first: when everything was copied.
@@ -49,7 +46,7 @@ class Owned:
         Both sides ask, the thread that copies and the one that is about to step; whoever comes first settles it.
         """
         if self._unchanged is None:
-            self._unchanged = self._read() == self._versions
+            self._unchanged = self.versions.unchanged()
         return self._unchanged
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
     from unbroken._core import Checkpoint, Value
+    from unbroken.torch.fence import Owned
 
 _CONTAINERS = (list, dict, set, collections.deque, bytearray)
 
@@ -48,13 +49,9 @@ class Snapshot:
         """Return (address, length in bytes) of each storage, in the order of the leaves' indices."""
         return self.storages.regions()
 
-    def lendable(self, owned: Collection[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Return the regions, and of each whether it stays as it is until the next optimizer step.
-
-        Args:
-            owned: (address, length in bytes) of the storages that only optimizers write to.
-        """
-        return self.storages.lent(owned)
+    def lendable(self, owned: Owned) -> _core.Lent:
+        """Return the regions for a save, and of each whether it stays as it is until the next optimizer step."""
+        return self.storages.lent(owned.versions)
 
 
 def capture(

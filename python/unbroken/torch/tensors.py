@@ -146,13 +146,17 @@ class Storages:
         """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
         return self._regions.spans()
 
-    def lent(self, owned: Iterable[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Return the regions, and of each whether it stays as it is until the next optimizer step.
+    def lent(self, owned: _core.Versions) -> _core.Lent:
+        """Return the regions for a save, and of each whether it stays as it is until the next optimizer step.
 
         Args:
-            owned: (address, length in bytes) of the storages that only optimizers write to.
+            owned: Tensors that only optimizers write to.
         """
-        return self._regions.lent(list(owned))
+        return self._regions.lent(owned)
+
+    def versions(self, candidates: list[torch.Tensor], least_bytes: int) -> _core.Versions:
+        """Return the version counters of tensors whose storage on the CPU has at least so many bytes."""
+        return READER.versions(candidates, least_bytes, self._regions)
 
     def lower(
         self, tensor: torch.Tensor, path: str, *, flags: dict[str, Value] | None = None
