@@ -1,6 +1,6 @@
 """The border between Python and the Rust core: what the extension module offers, and nothing clever."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
@@ -237,6 +237,12 @@ class Regions:
         """Return what `leaf` does without flags; None also for a tensor that holds a gradient."""
     def spans(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each."""
+    def lone_leaves(self, values: dict[Any, Any], named: Container[int]) -> dict[str, Tensor] | None:
+        """Return what `lone_leaf` gives for each value, by its key.
+
+        None where it gives None for one, where one is a tensor whose `id` is in `named` or no plain tensor at all, or
+        its key is no ASCII text.
+        """
     def lent(self, owned: Versions) -> Lent:
         """Return all of them for a save.
 

@@ -9,7 +9,7 @@ use std::hash::{BuildHasher, Hasher};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyCapsule, PyDict, PyType};
+use pyo3::types::{PyBool, PyCapsule, PyDict, PyString, PyType};
 use unbroken::Value;
 use unbroken::saver::Region;
 use unbroken::state;
@@ -317,6 +317,33 @@ impl Regions {
         }
         let attrs = attrs_of(reader, tensor, leaf && wanted);
         self.whole(reader, tensor, attrs)
+    }
+
+    /// Return what `lone_leaf` gives for each value, by its key: the state that an optimizer has for one parameter. None
+    /// where it gives None for one, where one is a tensor whose `id` is in `named` or no plain tensor at all, or its key
+    /// is no ASCII text.
+    fn lone_leaves<'py>(
+        &mut self,
+        values: &Bound<'py, PyDict>,
+        named: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let leaves = PyDict::new(values.py());
+        for (key, value) in values {
+            let usual_key = key
+                .cast_exact::<PyString>()
+                .is_ok_and(|key| key.to_str().is_ok_and(str::is_ascii));
+            if !usual_key
+                || !value.get_type().is(&self.reader.get().tensor)
+                || named.contains(value.as_ptr() as usize)?
+            {
+                return Ok(None);
+            }
+            match self.lone_leaf(&value)? {
+                Some(leaf) => leaves.set_item(key, leaf)?,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(leaves))
     }
 
     /// Return (address, length in bytes) of each.

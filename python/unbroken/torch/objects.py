@@ -177,6 +177,7 @@ class Capture:
         self.storages = storages
         # Bound once, for what is asked of thousands of tensors.
         self._named, self._usual_alone = names.identities, storages.usual_alone
+        self._usual_dict = storages.usual_dict
         self._seen: dict[int, tuple[str, Any]] = {}
 
     def lower(self, value: Any, path: str) -> Value:
@@ -192,6 +193,10 @@ class Capture:
     def usual(self, value: torch.Tensor) -> Leaf | None:
         """Return what `lower` gives for a tensor that nobody else has and that is all of its storage; else None."""
         return None if id(value) in self._named else self._usual_alone(value)
+
+    def usual_dict(self, parts: dict[Any, Any]) -> dict[str, Leaf] | None:
+        """Return what `lower` gives for a dict of such tensors under plain names; else None."""
+        return self._usual_dict(parts, self._named)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
         """Return an object's attributes lowered, by name; code is noted as such."""

@@ -97,7 +97,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
             found = id(parameter)
             known.add(found)
             if found in parts:
-                state[name] = _lower_state(capture, parts[found], f"{path}/state/{name}")
+                state[name] = _lower_state(capture, parts[found], path, name)
     for key, value in optimizer.state.items():
         if id(key) in known:
             continue
@@ -106,7 +106,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
         else:
             name = capture.names.name(key, "tensor")
             if name is not None:
-                state[name] = _lower_state(capture, value, f"{path}/state/{name}")
+                state[name] = _lower_state(capture, value, path, name)
     return {
         "class": values.type_name(type(optimizer)),
         "groups": groups,
@@ -121,16 +121,21 @@ def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> dict
     return capture.attributes(optimizer, path, MACHINERY)
 
 
-def _lower_state(capture: Capture, state: Any, path: str) -> Value:
+def _lower_state(capture: Capture, state: Any, path: str, name: str) -> Value:
+    if type(state) is dict:
+        # Nearly all are tensors under plain names: their paths are not needed.
+        leaves = capture.usual_dict(state)
+        if leaves is not None:
+            return leaves
+    path = f"{path}/state/{name}"
     if type(state) is not dict:
         return capture.lower(state, path)
     lowered: dict[Value, Value] = {}
     usual = capture.usual
     for key, value in state.items():
-        # Nearly all are tensors under plain names: their paths are not needed.
-        name = key if type(key) is str and key.isascii() else capture.lower(key, path)
+        under = key if type(key) is str and key.isascii() else capture.lower(key, path)
         leaf = usual(value) if type(value) is torch.Tensor else None
-        lowered[name] = capture.lower(value, values.join_path(path, key)) if leaf is None else leaf
+        lowered[under] = capture.lower(value, values.join_path(path, key)) if leaf is None else leaf
     return lowered
 
 

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,14 @@ class Storages:
     def usual_alone(self) -> Callable[[torch.Tensor], Leaf | None]:
         """Return `usual` without flags; it gives None also for a tensor that holds a gradient."""
         return _unusual if self._own_copies else self._regions.lone_leaf
+
+    @property
+    def usual_dict(self) -> Callable[[dict[Any, Any], Container[int]], dict[str, Leaf] | None]:
+        """Return `usual_alone` for all values of a dict of tensors, given the `id` of each that is saved elsewhere.
+
+        It gives None for a dict with anything else in it, even a key that is not ASCII text.
+        """
+        return _unusual if self._own_copies else self._regions.lone_leaves
 
     @property
     def settled(self) -> bool:
@@ -338,7 +346,7 @@ class Storages:
         return Leaf(dtype="uint8", shape=(size,), strides=(1,), offset=0, storage=index)
 
 
-def _unusual(tensor: torch.Tensor, flags: dict[str, Value] | None = None) -> None:
+def _unusual(tensor: Any, flags: Any = None) -> None:
     """No tensor is usual where each is copied."""
     return
 
