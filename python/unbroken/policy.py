@@ -135,10 +135,13 @@ class Cost:
 class Keep:
     """Which checkpoints stay. The newest, and pinned ones, always do.
 
+    Steps are counted. The checkpoints of one step (after it, after its epoch's work, at the run's end) share their
+    files, so that what damages one damages all: the newest of them stands for them.
+
     Args:
-        last: This many newest ones; None keeps all.
-        every: Also those whose step is a multiple of this.
-        best: Also the best by a logged number: (name, "min" or "max", how many).
+        last: This many newest steps; None keeps all.
+        every: Also steps that are a multiple of this.
+        best: Also the best by a logged number: (name, "min" or "max", how many, each of another step).
     """
 
     last: int | None = 3

@@ -144,7 +144,7 @@ class Run:
         data: `native` keeps every number that plain PyTorch gives; `keyed` derives order and augmentation from the
             seed, the same for any number of workers.
         checkpoint: A `Policy`, or a number of steps. By default once a minute and at epoch ends.
-        keep: A `Keep`, or how many of the newest. By default the newest three.
+        keep: A `Keep`, or how many of the newest steps. By default the newest three.
         save: `background` goes on training while a checkpoint is written; it is durable some time after its boundary,
             and a failure is raised at the next one. `copy` does too, and first copies all state at the boundary. `sync`
             waits at the boundary until it is durable, and takes no memory for a copy.

@@ -139,17 +139,20 @@ pub(crate) struct Export {
 
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("rules").args(["last", "every", "best"]).multiple(true).required(true))]
-#[command(after_help = "What any rule keeps stays, and so do pinned checkpoints and the newest.")]
+#[command(after_help = "\
+What any rule keeps stays, and so do pinned checkpoints and the newest.
+Of a step's checkpoints (after it, its epoch's work, the run's end), which share their files, the
+newest stands for all.")]
 pub(crate) struct Prune {
     /// Run directory
     pub(crate) run: PathBuf,
-    /// Keep the newest N
+    /// Keep the newest N steps
     #[arg(long, value_name = "N")]
     pub(crate) last: Option<usize>,
-    /// Keep those whose step is a multiple of M
+    /// Keep steps that are a multiple of M
     #[arg(long, value_name = "M")]
     pub(crate) every: Option<u64>,
-    /// Keep the N best by a metric, such as loss:min:1
+    /// Keep the N best steps by a metric, such as loss:min:1
     #[arg(long, value_name = "METRIC:min|max:N", value_parser = parse_best)]
     pub(crate) best: Option<BestRule>,
     /// Show what would go and delete nothing

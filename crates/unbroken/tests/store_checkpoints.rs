@@ -19,7 +19,7 @@ use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::{Best, Order, Retention};
 use world::{
     FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, of_tree, open, resumed_step,
-    run_in_memory, shared, train,
+    run_in_memory, shared, storages, train, tree,
 };
 
 #[test]
@@ -491,6 +491,69 @@ fn the_newest_the_best_and_the_pinned_stay_and_another_runs_checkpoint_is_untouc
     assert_eq!(run.prune(&every, false).unwrap().len(), 1);
     let kept: Vec<u64> = run.checkpoints().iter().map(|info| info.step).collect();
     assert_eq!(kept, [9_500, 10_000, 10_100]);
+}
+
+/// Commits step 3's state at all three of its boundaries, pruning after each.
+fn end_at_step_3(run: &Run, keep: &Retention) {
+    let storages = storages(3);
+    for phase in 0..=2 {
+        run.record(3, phase, 0, 3, components(3)).unwrap();
+        let storages = storages.iter().map(Vec::as_slice).collect();
+        let mut commit = of_tree(3, tree(3), storages);
+        (commit.phase, commit.metrics) = (phase, vec![("score".to_owned(), 1.0)]);
+        run.commit(commit).unwrap();
+        run.prune(keep, false).unwrap();
+    }
+}
+
+#[test]
+fn a_flipped_bit_at_the_runs_end_leaves_the_step_before_where_two_are_kept() {
+    // The checkpoints of one step share their packs: three manifests on one copy of the bytes are no second chance.
+    let memory = run_in_memory(2);
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    let keep = Retention {
+        last: Some(2),
+        ..Retention::default()
+    };
+    end_at_step_3(&run, &keep);
+    let infos = run.checkpoints();
+    let kept: Vec<_> = infos.iter().map(|info| (info.step, info.phase)).collect();
+    assert_eq!(kept, [(2, 0), (3, 2)]);
+    run.close().unwrap();
+    let pack = pack_of(&memory, 3);
+    let mut bytes = memory.files()[&pack].clone();
+    *bytes.last_mut().unwrap() ^= 1;
+    memory.put(&pack, bytes);
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(resumed_step(&run), Some(2));
+    assert_exact(run.resumed_from().unwrap());
+}
+
+#[test]
+fn every_rule_counts_steps_and_keeps_the_newest_of_each() {
+    let memory = run_in_memory(2);
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    commit_with(&run, 2, vec![("score".to_owned(), 2.0)], false).unwrap();
+    end_at_step_3(&run, &Retention::default());
+    let kept = |policy: Retention| {
+        let gone = run.prune(&policy, true).unwrap();
+        let infos = run.checkpoints().into_iter();
+        let kept = infos.filter(|info| !gone.contains(&info.name));
+        kept.map(|info| (info.step, info.phase)).collect::<Vec<_>>()
+    };
+    let rule = Retention::default;
+    let last = Some(3);
+    assert_eq!(kept(Retention { last, ..rule() }), [(1, 0), (2, 0), (3, 2)]);
+    let every = Some(2);
+    assert_eq!(kept(Retention { every, ..rule() }), [(0, 0), (2, 0), (3, 2)]);
+    let best = Some(Best {
+        metric: "score".to_owned(),
+        order: Order::Min,
+        count: 2,
+    });
+    assert_eq!(kept(Retention { best, ..rule() }), [(2, 0), (3, 0), (3, 2)]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Touches: `checkpoints/` and `objects/`, only ever removing; never a file of another run or one it cannot read. One
 //! pack's file is moved to `tmp/` instead, for the next pack to be written over it: its blocks are on the disk already.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, OBJECTS, SPARE, Store, TMP};
 use super::{is_damage, random_name, remove_packs, unreferenced_packs};
@@ -26,16 +26,19 @@ pub struct Best {
     pub metric: String,
     /// Which way it gets better.
     pub order: Order,
-    /// How many to keep.
+    /// How many to keep, each of another step.
     pub count: usize,
 }
 
 /// What to keep: whatever any rule keeps, pinned checkpoints and the newest. No rule at all keeps everything.
+///
+/// Steps are counted, not manifests: the checkpoints of one step (after it, after its epoch's work, at the run's end)
+/// share their packs, so that what damages one of them damages all. The newest of a step stands for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retention {
-    /// Keep this many newest ones.
+    /// Keep this many newest steps.
     pub last: Option<usize>,
-    /// Keep those whose step is a multiple of this.
+    /// Keep steps that are a multiple of this.
     pub every: Option<u64>,
     /// Keep the best.
     pub best: Option<Best>,
@@ -62,15 +65,12 @@ impl Retention {
             .filter(|info| info.pinned)
             .map(|info| &*info.name)
             .collect();
-        let last = self.last.unwrap_or(1); // The newest stays whatever the rules say.
-        kept.extend(checkpoints.iter().rev().take(last).map(|info| &*info.name));
+        // Later ones take the place of earlier ones of the same step.
+        let steps: BTreeMap<u64, &str> = checkpoints.iter().map(|info| (info.step, &*info.name)).collect();
+        kept.extend(steps.values().rev().take(self.newest()));
         if let Some(every) = self.every {
-            kept.extend(
-                checkpoints
-                    .iter()
-                    .filter(|info| info.step % every == 0)
-                    .map(|info| &*info.name),
-            );
+            let multiples = steps.iter().filter(|(step, _)| *step % every == 0);
+            kept.extend(multiples.map(|(_, name)| name));
         }
         if let Some(best) = &self.best {
             kept.extend(best.pick(checkpoints));
@@ -78,27 +78,34 @@ impl Retention {
         let gone = checkpoints.iter().filter(|info| !kept.contains(&*info.name));
         Ok(gone.map(|info| info.name.clone()).collect())
     }
+
+    /// How many newest steps it keeps: the newest stays whatever the rules say.
+    fn newest(&self) -> usize {
+        self.last.unwrap_or(1)
+    }
 }
 
 impl Best {
-    /// The best ones' names; of equal values the older ones'.
+    /// The best ones' names, one a step; of equal values the older ones'.
     fn pick<'a>(&self, checkpoints: &'a [CheckpointInfo]) -> Vec<&'a str> {
         let value = |info: &CheckpointInfo| {
             let metric = info.metrics.iter().find(|(name, _)| *name == self.metric);
             metric.map(|(_, value)| *value).filter(|value| !value.is_nan())
         };
-        let mut ranked: Vec<(f64, &str)> = checkpoints
+        let mut ranked: Vec<(f64, &CheckpointInfo)> = checkpoints
             .iter()
-            .filter_map(|info| Some((value(info)?, &*info.name)))
+            .filter_map(|info| Some((value(info)?, info)))
             .collect();
         ranked.sort_by(|(a, _), (b, _)| match self.order {
             Order::Min => a.total_cmp(b),
             Order::Max => b.total_cmp(a),
         });
+        let mut steps = BTreeSet::new();
         ranked
             .into_iter()
+            .filter(|(_, info)| steps.insert(info.step))
             .take(self.count)
-            .map(|(_, name)| name)
+            .map(|(_, info)| &*info.name)
             .collect()
     }
 }
@@ -154,14 +161,19 @@ impl Store {
     }
 
     /// Makes sure that what stays can be read: the newest checkpoint's manifest and packs are as they should be, and one
-    /// of the newest that stay was read in full. Reading each in full would double what a save costs.
+    /// of the newest steps that stay was read in full. Reading each in full would double what a save costs.
     fn read_back(&mut self, policy: &Retention, going: &[String]) -> Result<()> {
-        let staying = self.checkpoints().into_iter().rev().map(|info| info.name);
-        let staying = staying.filter(|name| !going.contains(name));
-        let newest: Vec<String> = staying.take(policy.last.unwrap_or(1)).collect();
-        let first = newest.first().expect("something goes, so the newest stays");
+        let mut staying = self.checkpoints();
+        staying.retain(|info| !going.contains(&info.name));
+        let first = &staying.last().expect("something goes, so the newest stays").name;
         let checkpoint = Checkpoint::load(&self.directory, first)?;
-        if newest.iter().any(|name| self.read_back.contains(name)) {
+        let steps: BTreeSet<u64> = staying.iter().map(|info| info.step).collect();
+        let newest: BTreeSet<u64> = steps.into_iter().rev().take(policy.newest()).collect();
+        let was_read = |info: &CheckpointInfo| self.read_back.contains(&info.name);
+        if staying
+            .iter()
+            .any(|info| newest.contains(&info.step) && was_read(info))
+        {
             return checkpoint.check_packs();
         }
         checkpoint.verify()?;

@@ -105,7 +105,7 @@ impl Options {
         Options { policy, ..self }
     }
 
-    /// What to keep; by default the newest three.
+    /// What to keep; by default the newest three steps.
     pub fn keep(self, keep: Retention) -> Options {
         Options { keep, ..self }
     }
