@@ -363,10 +363,27 @@ def test_prune_shows_first_and_deletes_then(run_path: Path, capfd: pytest.Captur
     assert "3 checkpoints would be deleted, 1 checkpoint kept" in err
     assert sorted(path.name for path in (run_path / "checkpoints").iterdir()) == names
     code, out, _ = call(capfd, "prune", run_path, "--last", "1", "--best", "loss:max:1", "--json")
-    assert json.loads(out) == {"dry_run": False, "deleted": names[1:3], "kept": [names[0], names[3]]}
+    kept = [names[0], names[3]]
+    assert json.loads(out) == {"dry_run": False, "deleted": names[1:3], "kept": kept, "warnings": []}
     assert sorted(path.name for path in (run_path / "checkpoints").iterdir()) == [names[0], names[3]]
     assert call(capfd, "verify", run_path)[0] == 0
     assert call(capfd, "prune", run_path)[0] == 2
+
+
+def test_prune_says_which_file_keeps_it_from_deleting_tensors(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (run_path / "checkpoints" / ".DS_Store").write_bytes(b"desktop")
+    packs = len(list((run_path / "objects").iterdir()))
+    code, _, err = call(capfd, "prune", run_path, "--last", "3")
+    assert (code, "warning" in err) == (0, False)
+    assert len(list((run_path / "objects").iterdir())) == packs - 1
+    (run_path / "checkpoints" / "notes.txt").write_text("mine")
+    code, out, err = call(capfd, "prune", run_path, "--last", "1", "--json")
+    assert code == 0
+    assert "`checkpoints/notes.txt` is no checkpoint" in err
+    assert "move it elsewhere" in json.loads(out)["warnings"][-1]
+    assert len(list((run_path / "objects").iterdir())) == packs - 1
 
 
 def test_prune_does_not_touch_a_run_that_is_held(run_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -426,6 +426,8 @@ class Run:
     @property
     def warnings(self) -> list[str]:
         """What opening found and left alone: foreign checkpoints, journal damage, swept left-overs."""
+    def take_notices(self) -> list[str]:
+        """Return what was noticed since this was last asked: that a prune could not delete files, and why."""
     def put_on_trial(self, *, least: int, most: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Choose recorded steps to be executed again first, and go back to the checkpoint before them.
 

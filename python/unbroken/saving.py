@@ -179,6 +179,7 @@ class Saves:
         self.pin_next = False
         if self._keep.last is not None:
             self._core.prune(last=self._keep.last, every=self._keep.every, best=self._keep.best)
+            self._tell_notices()
 
     def _find_memory(self, captured: Snapshot) -> None:
         """Do without what there is no memory for, from now on: the kernel would kill the training.
@@ -285,6 +286,7 @@ class Saves:
         if outcome[0] == "saved":
             self._over(pinned=False)
             self._disk.took()
+            self._tell_notices()
             return
         self._over(pinned=under_way.pinned)
         # The copy was of nobody's state. The next boundary is saved in its place, copied while nothing runs.
@@ -294,6 +296,10 @@ class Saves:
             f"the checkpoint of step {under_way.step} was thrown away: something else than an optimizer's step wrote "
             "to parameters or optimizer state; from now on all state is copied at the boundary"
         )
+
+    def _tell_notices(self) -> None:
+        for text in self._core.take_notices():
+            self._say(text)
 
     def _over(self, *, pinned: bool) -> None:
         self._fence.uninstall()

@@ -32,21 +32,31 @@ pub(crate) fn run(command: &Prune, streams: &mut Streams) -> Answer {
         .iter()
         .map(|checkpoint| checkpoint.info().clone())
         .collect();
-    let names = if command.dry_run {
-        policy.plan(&infos)?
+    let (names, warnings) = if command.dry_run {
+        (policy.plan(&infos)?, Vec::new())
     } else {
         let held = Run::open(&command.run, &Options::default())?;
         let names = held.prune(&policy, false)?;
+        let mut warnings = held.warnings().to_vec();
+        warnings.extend(held.take_notices());
         held.close()?;
-        names
+        (names, warnings)
     };
+    for warning in &warnings {
+        streams.note("warning", warning);
+    }
     if command.json {
         let kept: Vec<&str> = infos
             .iter()
             .map(|info| info.name.as_str())
             .filter(|name| !names.iter().any(|gone| gone == name))
             .collect();
-        streams.json(&json!({ "dry_run": command.dry_run, "deleted": names, "kept": kept }))?;
+        streams.json(&json!({
+            "dry_run": command.dry_run,
+            "deleted": names,
+            "kept": kept,
+            "warnings": warnings,
+        }))?;
         return Ok(Verdict::Yes);
     }
     for name in &names {

@@ -147,6 +147,10 @@ impl Run {
         self.run.warnings().to_vec()
     }
 
+    fn take_notices(&self) -> Vec<String> {
+        self.run.take_notices()
+    }
+
     #[pyo3(signature = (*, least, most))]
     fn put_on_trial(&self, py: Python<'_>, least: u64, most: u64) -> PyResult<Option<(Place, Place)>> {
         let trial = py

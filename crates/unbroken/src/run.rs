@@ -85,6 +85,8 @@ pub struct Run {
     back: OnceLock<(Checkpoint, u64)>,
     rejected: Vec<(String, String)>,
     warnings: Vec<String>,
+    /// What was noticed since, until it is asked for.
+    notices: Mutex<Vec<String>>,
     recorded_until: u64,
     /// What earlier lives recorded after `resumed_from` and this one has not reached yet.
     recorded: Mutex<HashMap<(u64, u8), Boundary>>,
@@ -260,6 +262,7 @@ impl Run {
             back: OnceLock::new(),
             rejected,
             warnings,
+            notices: Mutex::default(),
             recorded_until,
             recorded: Mutex::new(tail.boundaries),
             journal: Mutex::new(Pen::Idle),
@@ -321,6 +324,11 @@ impl Run {
     /// What opening found and left alone, and how many left-overs it swept.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What was noticed since this was last asked: that a prune could not delete packs, and why. Each is said once.
+    pub fn take_notices(&self) -> Vec<String> {
+        std::mem::take(&mut *guard(&self.notices))
     }
 
     /// Highest step that earlier lives recorded after `resumed_from`; its own step if none.
@@ -557,6 +565,7 @@ impl Run {
         let mut store = guard(&self.store);
         let pruned = store.prune(policy, dry_run);
         *guard(&self.listed) = store.checkpoints();
+        guard(&self.notices).extend(store.take_notices());
         pruned
     }
 

@@ -265,6 +265,11 @@ pub(crate) struct Survey {
     pub complete: bool,
 }
 
+/// Whether a file among the manifests is certainly none: desktops, file systems and copying programs leave such names.
+fn is_aside(name: &str) -> bool {
+    name.starts_with('.')
+}
+
 /// Looks at every manifest.
 ///
 /// # Errors
@@ -276,6 +281,9 @@ pub(crate) fn survey(directory: &Directory, run_id: &str) -> Result<Survey> {
         ..Survey::default()
     };
     for name in directory.list_if_there(CHECKPOINTS)? {
+        if is_aside(&name) {
+            continue;
+        }
         let Some(parts) = manifest::parse_checkpoint_name(&name) else {
             survey.unknown.push(name);
             survey.complete = false;
@@ -355,6 +363,10 @@ pub struct Store {
     spare: Option<String>,
     /// What compressed storages are differences to.
     bases: Option<Bases>,
+    /// Why the last prune deleted no pack, if it did not.
+    held_up: Option<String>,
+    /// What was noticed since it was last asked for.
+    notices: Vec<String>,
 }
 
 /// What a storage is expected to do from one commit to the next.
@@ -420,6 +432,8 @@ impl Store {
             read_back: BTreeSet::new(),
             spare: None,
             bases: None,
+            held_up: None,
+            notices: Vec::new(),
         };
         for checkpoint in whole {
             store.admit(checkpoint, false);
@@ -480,6 +494,11 @@ impl Store {
     /// (step, phase) of this run's newest checkpoint.
     pub(crate) fn newest_boundary(&self) -> Option<(u64, u8)> {
         self.newest().map(|entry| (entry.info.step, entry.info.phase))
+    }
+
+    /// What was noticed since this was last asked.
+    pub(crate) fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
     }
 
     /// Gives up what is kept for later. What cannot be removed is swept at the next open.

@@ -614,6 +614,56 @@ fn packs_stay_while_a_manifest_cannot_be_read() {
 }
 
 #[test]
+fn a_desktops_file_among_the_manifests_keeps_no_pack() {
+    let memory = run_in_memory(3);
+    let leftover = format!("objects/{}.safetensors", "b".repeat(32));
+    memory.put("checkpoints/.DS_Store", b"desktop".to_vec());
+    memory.put(&leftover, b"never referred to".to_vec());
+    let run = open(&shared(&memory)).unwrap();
+    assert!(!memory.files().contains_key(&leftover), "swept at open");
+    assert_eq!(run.warnings().len(), 1, "{:?}", run.warnings());
+    let newest = Retention {
+        last: Some(1),
+        ..Retention::default()
+    };
+    assert_eq!(run.prune(&newest, false).unwrap().len(), 3);
+    assert_eq!(files_in(&memory, "objects").len(), 2);
+    assert_eq!(run.take_notices(), [] as [String; 0]);
+    assert!(memory.files().contains_key("checkpoints/.DS_Store"));
+}
+
+#[test]
+fn a_strangers_file_keeps_all_packs_and_is_named_once_until_it_is_gone() {
+    let memory = run_in_memory(1);
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    let newest = Retention {
+        last: Some(1),
+        ..Retention::default()
+    };
+    let save = |step| {
+        train(&run, step..=step).unwrap();
+        run.prune(&newest, false).unwrap();
+        (run.take_notices(), files_in(&memory, "objects").len())
+    };
+    let manifest = manifest_of(&memory, 1);
+    memory.put("checkpoints/notes.txt", b"mine".to_vec());
+    let (notices, packs) = save(2);
+    assert!(
+        notices[0].contains("`checkpoints/notes.txt` is no checkpoint"),
+        "{notices:?}"
+    );
+    assert_eq!((notices.len(), packs), (1, 3));
+    assert_eq!(save(3), (Vec::new(), 4));
+    memory.remove("checkpoints/notes.txt").unwrap();
+    assert_eq!(save(4), (Vec::new(), 2));
+    memory.put(&manifest, b"rubbish".to_vec());
+    let (notices, packs) = save(5);
+    assert!(notices[0].contains("000000001-0-"), "{notices:?}");
+    assert_eq!((notices.len(), packs), (1, 3));
+}
+
+#[test]
 fn two_checkpoints_are_compared_leaf_by_leaf() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("run");

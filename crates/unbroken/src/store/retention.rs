@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{CHECKPOINTS, Checkpoint, CheckpointInfo, OBJECTS, SPARE, Store, TMP};
-use super::{is_damage, random_name, remove_packs, unreferenced_packs};
+use super::{is_aside, is_damage, random_name, remove_packs, unreferenced_packs};
 use crate::error::{Error, Result};
 use crate::format::manifest;
 
@@ -115,7 +115,8 @@ impl Store {
     ///
     /// # Durability
     ///
-    /// Manifests go first; packs only when no manifest that could come back refers to them. A crash leaves garbage.
+    /// Manifests go first; packs only when no manifest that could come back refers to them. A crash leaves garbage. While
+    /// a file among the manifests cannot be read, no pack goes, and that is noticed ([`Store::take_notices`]).
     ///
     /// # Errors
     ///
@@ -137,27 +138,45 @@ impl Store {
             lengths.extend(packs.map(|pack| (pack.name, pack.length)));
         }
         self.directory.sync_dir(CHECKPOINTS)?;
-        if let Some(referenced) = self.referenced()? {
-            self.places
-                .retain(|_, known| known.packs.iter().all(|pack| referenced.contains(&pack.name)));
-            let mut garbage = unreferenced_packs(&self.directory, &referenced)?;
-            if self.spare.is_none()
-                && let Some(at) = garbage.iter().position(|name| {
-                    lengths
-                        .get(name)
-                        .is_some_and(|&length| length >= self.tuning.reuse_from)
-                })
-            {
-                let spare = format!("{TMP}/{}{SPARE}", random_name()?);
-                let pack = garbage.swap_remove(at);
-                // No manifest that could come back names it: theirs are gone for good.
-                self.directory.rename_new(&format!("{OBJECTS}/{pack}"), &spare)?;
-                self.spare = Some(spare);
+        match self.referenced()? {
+            Ok(referenced) => {
+                self.held_up = None;
+                self.remove_garbage(&referenced, &lengths)?;
             }
-            remove_packs(&self.directory, &garbage)?;
+            // Said once for each cause: there is a prune behind each checkpoint.
+            Err(why) if self.held_up.as_ref() != Some(&why) => {
+                self.notices.push(why.clone());
+                self.held_up = Some(why);
+            }
+            Err(_) => {}
         }
         self.removing = false;
         Ok(names)
+    }
+
+    /// Removes packs that no manifest refers to, but for one of the deleted ones (`lengths`) that is worth writing over.
+    fn remove_garbage(
+        &mut self,
+        referenced: &BTreeSet<String>,
+        lengths: &HashMap<String, u64>,
+    ) -> Result<()> {
+        self.places
+            .retain(|_, known| known.packs.iter().all(|pack| referenced.contains(&pack.name)));
+        let mut garbage = unreferenced_packs(&self.directory, referenced)?;
+        if self.spare.is_none()
+            && let Some(at) = garbage.iter().position(|name| {
+                lengths
+                    .get(name)
+                    .is_some_and(|&length| length >= self.tuning.reuse_from)
+            })
+        {
+            let spare = format!("{TMP}/{}{SPARE}", random_name()?);
+            let pack = garbage.swap_remove(at);
+            // No manifest that could come back names it: theirs are gone for good.
+            self.directory.rename_new(&format!("{OBJECTS}/{pack}"), &spare)?;
+            self.spare = Some(spare);
+        }
+        remove_packs(&self.directory, &garbage)
     }
 
     /// Makes sure that what stays can be read: the newest checkpoint's manifest and packs are as they should be, and one
@@ -181,26 +200,37 @@ impl Store {
         Ok(())
     }
 
-    /// Returns the packs that manifests refer to; `None` where a file among the manifests cannot be read.
-    fn referenced(&self) -> Result<Option<BTreeSet<String>>> {
+    /// Returns the packs that manifests refer to; in words, which file among the manifests leaves that open.
+    fn referenced(&self) -> Result<std::result::Result<BTreeSet<String>, String>> {
         let mut referenced = BTreeSet::new();
         for name in self.directory.list(CHECKPOINTS)? {
             if let Some(entry) = self.catalog.get(&name) {
                 referenced.extend(entry.packs.iter().map(|pack| pack.name.clone()));
                 continue;
             }
+            if is_aside(&name) {
+                continue;
+            }
             // Another run's, or one that was rejected: it is not ours to judge what it needs.
             if manifest::parse_checkpoint_name(&name).is_none() {
-                return Ok(None);
+                return Ok(Err(format!(
+                    "`{CHECKPOINTS}/{name}` is no checkpoint, so nobody can tell which packs it needs: none is deleted \
+                     while it is there; move it elsewhere"
+                )));
             }
             match Checkpoint::load(&self.directory, &name) {
                 Ok(checkpoint) => {
                     referenced.extend(checkpoint.manifest.packs.iter().map(|pack| pack.name.clone()))
                 }
-                Err(error) if is_damage(&error) => return Ok(None),
+                Err(error) if is_damage(&error) => {
+                    return Ok(Err(format!(
+                        "nobody can tell which packs the checkpoint `{name}` needs, so none is deleted while it is \
+                         there; `unbroken repair` puts it aside: {error}"
+                    )));
+                }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Some(referenced))
+        Ok(Ok(referenced))
     }
 }

@@ -469,7 +469,8 @@ impl Training {
         self.replayed
     }
 
-    /// What opening the run found and a person may want to know: passed-over checkpoints, a changed environment.
+    /// What a person may want to know: passed-over checkpoints, a changed environment; later on, what keeps the packs of
+    /// deleted checkpoints from being deleted.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -851,6 +852,7 @@ impl Training {
         self.run.commit(commit)?;
         self.last_commit = Instant::now();
         self.run.prune(&self.options.keep, false)?;
+        self.notes.extend(self.run.take_notices());
         Ok(())
     }
 }
