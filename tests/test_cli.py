@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -271,6 +272,25 @@ def test_verify_misses_the_checkpoints_of_a_run_that_has_none_left(
     code, out, _ = call(capfd, "verify", run_path)
     assert code == 1
     assert "no checkpoint of this run is there" in out
+
+
+def test_repair_misses_the_checkpoints_of_a_run_that_has_none_left_and_takes_a_copys(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = run_path.with_name("copy")
+    shutil.copytree(run_path, copy)
+    for manifest in (run_path / "checkpoints").iterdir():
+        manifest.unlink()
+    code, out, err = call(capfd, "repair", run_path)
+    assert code == 1
+    assert out.startswith("missing  checkpoints: no checkpoint of this run is there")
+    assert "the run is not whole" in err
+    assert "--from COPY" in err
+    code, out, err = call(capfd, "repair", run_path, "--from", copy, "--json")
+    answer = json.loads(out)
+    assert (code, answer["whole"], answer["missing"]) == (0, True, None)
+    assert [name[:9] for name in answer["checkpoints"]] == ["000000006"]
+    assert call(capfd, "verify", run_path)[0] == 0
 
 
 def test_verify_finds_a_damaged_manifest_and_a_damaged_journal(

@@ -66,6 +66,9 @@ fn tell(command: &Repair, plan: &Plan, whole: bool, streams: &mut Streams) -> Re
             streams.say(format!("lost     {}: {}", line(name), line(why)))?;
         }
     }
+    if let Some(why) = &plan.missing {
+        streams.say(format!("missing  checkpoints: {}", line(why)))?;
+    }
     for what in &plan.beyond {
         streams.say(format!("damaged  journal: {}", line(what)))?;
     }
@@ -87,7 +90,7 @@ fn tell(command: &Repair, plan: &Plan, whole: bool, streams: &mut Streams) -> Re
         "summary",
         &format!("{done}; {kept}, {} lost; {state}", plan.lost.len()),
     );
-    if plan.whole.is_empty() && !plan.lost.is_empty() {
+    if plan.whole.is_empty() && (!plan.lost.is_empty() || plan.missing.is_some()) {
         streams.note(
             "hint",
             "nothing moves while no checkpoint is whole; --from COPY takes whole files from a copy of the run",
@@ -95,7 +98,8 @@ fn tell(command: &Repair, plan: &Plan, whole: bool, streams: &mut Streams) -> Re
     } else if !plan.beyond.is_empty() {
         streams.note(
             "hint",
-            "the journal is never changed: what its damaged part recorded cannot be verified, training goes on",
+            "the journal is never changed: what its damaged part recorded cannot be verified, training goes on; \
+             --from COPY takes whole segments from a copy of the run",
         );
     }
     Ok(())
@@ -124,6 +128,7 @@ fn answer_json(command: &Repair, plan: &Plan, whole: bool) -> Json {
         "actions": actions,
         "checkpoints": plan.whole,
         "lost": lost,
+        "missing": plan.missing,
         "journal": plan.beyond,
         "left_alone": plan.left_alone,
     })

@@ -35,8 +35,7 @@ pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
         report.damaged(name, why.to_string(), streams)?;
     }
     let (story, flaws) = look_at_journal(&target.path, &run)?;
-    let begun = story.last.is_some_and(|(step, _)| step > 0) || story.unreadable || story.foreign;
-    if begun && run.checkpoints.is_empty() && run.rejected.is_empty() {
+    if story.has_begun() && run.checkpoints.is_empty() && run.rejected.is_empty() {
         let why = "no checkpoint of this run is there, though its journal is".to_owned();
         report.damaged("checkpoints", why, streams)?;
     }

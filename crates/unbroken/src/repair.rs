@@ -56,6 +56,8 @@ pub struct Plan {
     pub whole: Vec<String>,
     /// (name, why) of checkpoints that are lost, newest first. They stay where they are if none is whole.
     pub lost: Vec<(String, String)>,
+    /// Why a checkpoint should be here, where not even a lost one is.
+    pub missing: Option<String>,
     /// What a repair leaves as it is and cannot make right: damage of the journal.
     pub beyond: Vec<String>,
     /// What it leaves alone because it is not its own.
@@ -65,7 +67,7 @@ pub struct Plan {
 impl Plan {
     /// Whether everything is as it was committed.
     pub fn is_whole(&self) -> bool {
-        self.lost.is_empty() && self.beyond.is_empty()
+        self.lost.is_empty() && self.missing.is_none() && self.beyond.is_empty()
     }
 }
 
@@ -143,23 +145,22 @@ fn open_copies(paths: &[PathBuf]) -> Result<Vec<Directory>> {
 
 /// Reads everything and decides.
 fn examine(directory: &Directory, run_id: &str, copies: &[Directory], first: Option<Action>) -> Result<Plan> {
-    let mut findings = Findings::gather(directory, run_id, copies)?;
-    findings.check_packs(directory, copies)?;
-    let restored = findings.check_journal(directory, run_id, copies)?;
-    let mut journal = Story::open(directory, run_id)?;
-    if !restored.is_empty() {
-        // What a whole segment makes right is not beyond repair, nor is what hangs on it.
-        journal.warnings.retain(|warning| {
-            !restored.iter().any(|name| warning.contains(name.as_str()))
-                && !warning.contains(journal::NO_EARLIER)
-        });
+    let mut findings = Findings::gather(directory, run_id, copies, None)?;
+    let mut segments = findings.check_journal(directory, run_id, copies)?;
+    if !findings.has_whole()
+        && let Some(found) = findings.find_whole(copies, run_id, &segments.heads)?
+    {
+        findings = Findings::gather(directory, run_id, copies, Some(found))?;
+        segments = findings.check_journal(directory, run_id, copies)?;
     }
+    let (beyond, begun) = findings.journal_flaws(directory, run_id, &segments)?;
+    findings.restores.extend(segments.restores);
     let mut plan = Plan {
         actions: first
             .into_iter()
             .chain(std::mem::take(&mut findings.restores))
             .collect(),
-        beyond: journal.warnings,
+        beyond,
         left_alone: findings.left_alone.clone(),
         ..Plan::default()
     };
@@ -173,6 +174,9 @@ fn examine(directory: &Directory, run_id: &str, copies: &[Directory], first: Opt
     plan.lost.extend(findings.unreadable.clone());
     plan.whole.sort();
     plan.lost.sort_by(|a, b| b.cmp(a));
+    if begun && plan.whole.is_empty() && plan.lost.is_empty() {
+        plan.missing = Some("no checkpoint of this run is there, though its journal is".to_owned());
+    }
     // With nothing whole left, the directory is evidence, and nothing in it moves.
     if !plan.whole.is_empty() {
         findings.put_aside(directory, &mut plan)?;
@@ -235,15 +239,28 @@ struct Findings {
     left_alone: Vec<String>,
     /// Whether there are files among the manifests that are none.
     strangers: bool,
+    /// Whether manifests are gone, and one of them comes from a copy.
+    bereft: bool,
 }
 
 impl Findings {
-    fn gather(directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Findings> {
+    /// Reads every manifest and what it needs. `brought` is one that is not here, and the copy that has it.
+    fn gather(
+        directory: &Directory,
+        run_id: &str,
+        copies: &[Directory],
+        brought: Option<(&Directory, Checkpoint)>,
+    ) -> Result<Findings> {
         let survey: Survey = store::survey(directory, run_id)?;
         let mut findings = Findings {
             strangers: !survey.unknown.is_empty(),
+            bereft: brought.is_some(),
             ..Findings::default()
         };
+        if let Some((copy, checkpoint)) = brought {
+            findings.add(&checkpoint, true);
+            findings.restore(&format!("{CHECKPOINTS}/{}", checkpoint.info().name), copy);
+        }
         for name in &survey.unknown {
             let text = format!("`{CHECKPOINTS}/{name}` is no checkpoint");
             findings.left_alone.push(text);
@@ -270,7 +287,42 @@ impl Findings {
                 },
             }
         }
+        findings.check_packs(directory, copies)?;
         Ok(findings)
+    }
+
+    /// Whether one of this run's checkpoints is whole, or will be.
+    fn has_whole(&self) -> bool {
+        let lost = |readable: &Readable| self.losses.contains_key(&readable.name);
+        !self.manifests.iter().all(lost)
+    }
+
+    /// Finds the newest whole checkpoint of this run in the copies that was made at one of these records: a copy may have
+    /// gone on by itself, and what the journal here does not lead to is another training's.
+    fn find_whole<'a>(
+        &self,
+        copies: &'a [Directory],
+        run_id: &str,
+        heads: &HashSet<Digest>,
+    ) -> Result<Option<(&'a Directory, Checkpoint)>> {
+        let is_here = |name: &str| self.manifests.iter().any(|readable| readable.name == name);
+        let mut found = Vec::new();
+        for copy in copies {
+            let whole = store::survey(copy, run_id)?.whole.into_iter();
+            let fits = |checkpoint: &Checkpoint| {
+                heads.contains(&checkpoint.info().journal_head) && !is_here(&checkpoint.info().name)
+            };
+            found.extend(whole.filter(fits).map(|checkpoint| (copy, checkpoint)));
+        }
+        found.sort_by(|(_, a), (_, b)| b.info().age().cmp(&a.info().age())); // Stable: the first copy's of equals.
+        for (copy, checkpoint) in found {
+            match checkpoint.verify() {
+                Ok(()) => return Ok(Some((copy, checkpoint))),
+                Err(error) if store::is_damage(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     fn add(&mut self, checkpoint: &Checkpoint, own: bool) {
@@ -340,15 +392,10 @@ impl Findings {
         Ok(())
     }
 
-    /// Looks for whole copies of segments that are damaged or missing, and returns the names of those that it found.
-    fn check_journal(
-        &mut self,
-        directory: &Directory,
-        run_id: &str,
-        copies: &[Directory],
-    ) -> Result<Vec<String>> {
+    /// Looks for whole copies of segments that are damaged or missing.
+    fn check_journal(&self, directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Segments> {
         let own = read_segments(directory, run_id)?;
-        let known: BTreeSet<Digest> = own
+        let known: HashSet<Digest> = own
             .values()
             .flat_map(|segment| segment.chain.iter().copied())
             .collect();
@@ -358,35 +405,67 @@ impl Findings {
             .iter()
             .map(|readable| readable.manifest.journal_head);
         let previous = own.values().filter_map(|segment| segment.previous);
-        let wanted: BTreeSet<Digest> = heads
+        let wanted: HashSet<Digest> = heads
             .chain(previous)
             .filter(|head| *head != Digest([0; 32]) && !known.contains(head))
             .collect();
-        let mut restored = Vec::new();
+        let mut segments = Segments {
+            heads: known,
+            ..Segments::default()
+        };
         for copy in copies {
             for (name, other) in read_segments(copy, run_id)? {
+                if !other.whole || segments.restored.contains(&name) {
+                    continue;
+                }
+                let has_wanted = other.chain.iter().any(|head| wanted.contains(head));
                 let fits = match own.get(&name) {
-                    _ if !other.whole || restored.contains(&name) => false,
                     Some(segment) if segment.whole => false,
                     // Another life may have gone on from a copy: what can be read here must be there too.
                     Some(segment) if !segment.chain.is_empty() => other.chain.starts_with(&segment.chain),
-                    _ => other.chain.iter().any(|head| wanted.contains(head)),
+                    _ => has_wanted,
                 };
                 if fits {
-                    self.restore(&format!("{JOURNAL}/{name}"), copy);
-                    restored.push(name);
+                    segments.restores.push(Action::Restore {
+                        name: format!("{JOURNAL}/{name}"),
+                        copy: copy.location().to_path_buf(),
+                    });
+                    segments.heads.extend(other.chain);
+                    segments.restored.push(name);
                 }
             }
         }
-        Ok(restored)
+        Ok(segments)
+    }
+
+    /// What is wrong with the journal and stays so when its segments have been restored; and whether it has begun.
+    fn journal_flaws(
+        &self,
+        directory: &Directory,
+        run_id: &str,
+        segments: &Segments,
+    ) -> Result<(Vec<String>, bool)> {
+        let story = Story::open(directory, run_id)?;
+        let restored = &segments.restored;
+        let mut flaws = story.warnings.clone();
+        if !restored.is_empty() {
+            // What a whole segment makes right is not beyond repair, nor is what hangs on it.
+            flaws.retain(|flaw| {
+                !restored.iter().any(|name| flaw.contains(name.as_str()))
+                    && !flaw.contains(journal::NO_EARLIER)
+            });
+        }
+        Ok((flaws, story.has_begun()))
     }
 
     /// Plans to put aside what is lost: packs before manifests, so that a pack never lies there without one that names
-    /// it, which would make it a left-over.
+    /// it, which would make it a left-over. For the same reason packs of manifests that are gone move before the first
+    /// manifest comes back.
     fn put_aside(&self, directory: &Directory, plan: &mut Plan) -> Result<()> {
-        if plan.lost.is_empty() {
+        if plan.lost.is_empty() && !self.bereft {
             return Ok(());
         }
+        let mut nameless = Vec::new();
         let kept: BTreeSet<&str> = self
             .manifests
             .iter()
@@ -398,15 +477,19 @@ impl Findings {
             if kept.contains(name.as_str()) || !store::is_pack_name(&name) {
                 continue;
             }
-            let why = match self.packs.get(&name) {
-                Some(Pack { flaw: Some(flaw), .. }) => flaw.clone(),
-                Some(_) => "whole; only checkpoints that are lost name it".to_owned(),
-                None if self.is_all_known() => continue,
-                None => "no manifest that can be read names it".to_owned(),
-            };
-            let name = format!("{OBJECTS}/{name}");
-            plan.actions.push(Action::SetAside { name, why });
+            let file = format!("{OBJECTS}/{name}");
+            let aside = |why: String| Action::SetAside { name: file, why };
+            match self.packs.get(&name) {
+                Some(Pack { flaw: Some(flaw), .. }) => plan.actions.push(aside(flaw.clone())),
+                Some(_) => {
+                    let why = "whole; only checkpoints that are lost name it";
+                    plan.actions.push(aside(why.to_owned()));
+                }
+                None if self.is_all_known() => {}
+                None => nameless.push(aside("no manifest that can be read names it".to_owned())),
+            }
         }
+        plan.actions.splice(0..0, nameless);
         for (name, why) in &plan.lost {
             let (name, why) = (format!("{CHECKPOINTS}/{name}"), why.clone());
             plan.actions.push(Action::SetAside { name, why });
@@ -433,10 +516,21 @@ impl Findings {
         Ok(())
     }
 
-    /// Whether every file among the manifests could be read, so that a pack that none of them names is nobody's.
+    /// Whether every file among the manifests is there and could be read, so that a pack that none of them names is
+    /// nobody's.
     fn is_all_known(&self) -> bool {
-        !self.strangers && self.unreadable.is_empty()
+        !self.strangers && !self.bereft && self.unreadable.is_empty()
     }
+}
+
+/// What copies can do for the journal.
+#[derive(Debug, Default)]
+struct Segments {
+    restores: Vec<Action>,
+    /// Names of the segments that are restored.
+    restored: Vec<String>,
+    /// Chain hash of each record that is here, or will be.
+    heads: HashSet<Digest>,
 }
 
 /// What of a journal segment can be read.

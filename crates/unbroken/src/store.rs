@@ -110,7 +110,7 @@ impl CheckpointInfo {
     }
 
     /// What newest means: later boundaries, and of one boundary the later life's.
-    fn age(&self) -> (u64, u8, u32, &str, &str) {
+    pub(crate) fn age(&self) -> (u64, u8, u32, &str, &str) {
         (self.step, self.phase, self.life, &self.created, &self.name)
     }
 }

@@ -329,6 +329,92 @@ fn a_segment_of_a_copy_that_went_on_by_itself_is_not_taken() {
     assert_eq!(fs::read(&segment).unwrap(), bytes);
 }
 
+/// Trains a further life, up to a step.
+fn go_on(path: &Path, until: u64) {
+    let run = Run::open(path, &Options::default()).unwrap();
+    let from = run.resumed_from().unwrap().info().step;
+    run.begin().unwrap();
+    train(&run, from + 1..=until).unwrap();
+    run.close().unwrap();
+}
+
+fn remove_manifests(path: &Path) {
+    for checkpoint in run::read_run(path).unwrap().checkpoints {
+        fs::remove_file(&checkpoint.info().path).unwrap();
+    }
+}
+
+#[test]
+fn a_run_whose_manifests_are_gone_is_not_whole_and_nothing_in_it_moves() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let other = place.path().join("b");
+    fork(&at(&path, 3), &other, Sharing::Copies).unwrap();
+    remove_manifests(&path);
+    let before = files(&path);
+    for copies in [&[][..], std::slice::from_ref(&other)] {
+        let done = repair(&path, copies).unwrap();
+        assert!(!done.is_whole() && done.missing.is_some(), "{done:?}");
+        assert_eq!((done.actions.len(), done.whole.len(), done.lost.len()), (0, 0, 0));
+    }
+    let mut after = files(&path);
+    after.insert("lock".to_owned(), before["lock"].clone());
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_copys_newest_checkpoint_comes_back_where_all_manifests_are_gone() {
+    // The copy is older than the run: it has steps 0 to 3, and the run went on to 5. Packs that nothing names any more
+    // are put aside, not swept.
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let copy = copy_of(&path);
+    go_on(&path, 5);
+    let (name, pack) = (at(&copy, 3).info().name.clone(), own_pack(&copy, 3));
+    remove_manifests(&path);
+    flip_last_bit(&path.join("objects").join(pack.file_name().unwrap()));
+    let whole = fs::read(&pack).unwrap();
+    flip_last_bit(&pack);
+    let next = at(&copy, 2).info().name.clone();
+    let planned = plan(&path, std::slice::from_ref(&copy)).unwrap();
+    assert_eq!(planned.whole, [next], "the copy's newest that is whole");
+    fs::write(&pack, whole).unwrap();
+    let done = repaired(&path, &[copy]);
+    assert_eq!((done.whole, done.lost.len()), (vec![name], 0));
+    assert_eq!(fs::read_dir(path.join("objects")).unwrap().count(), 2);
+    assert_eq!(resumed_step(&path), 3);
+    go_on(&path, 6);
+}
+
+#[test]
+fn what_a_copy_trained_by_itself_does_not_come_back_as_the_runs_own() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let copy = copy_of(&path);
+    go_on(&path, 5);
+    go_on(&copy, 6);
+    remove_manifests(&path);
+    repaired(&path, &[copy]);
+    assert_eq!(resumed_step(&path), 3);
+}
+
+#[test]
+fn an_older_checkpoint_of_a_copy_comes_back_where_all_that_are_here_are_lost() {
+    let place = tempfile::tempdir().unwrap();
+    let path = run_in(place.path());
+    let copy = copy_of(&path);
+    go_on(&path, 5);
+    let packs = [4, 5].map(|step| own_pack(&path, step));
+    for step in 0..=3 {
+        fs::remove_file(&at(&path, 0).info().path).unwrap();
+        assert_eq!(at(&path, 0).info().step, step + 1);
+    }
+    packs.iter().for_each(|pack| flip_last_bit(pack));
+    let done = repaired(&path, &[copy]);
+    assert_eq!((done.whole.len(), done.lost.len()), (1, 2));
+    assert_eq!(resumed_step(&path), 3);
+}
+
 #[test]
 fn a_run_that_is_trained_is_not_repaired() {
     let place = tempfile::tempdir().unwrap();

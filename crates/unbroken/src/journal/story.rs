@@ -273,6 +273,11 @@ impl Story {
         Ok(cuts)
     }
 
+    /// Whether a run with this journal must have a checkpoint: it has been trained, or nobody can tell any more.
+    pub fn has_begun(&self) -> bool {
+        self.last.is_some_and(|(step, _)| step > 0) || self.unreadable || self.foreign
+    }
+
     /// Whether a chain hash that was asked for is in the readable part.
     pub fn has_head(&self, head: &Digest) -> bool {
         self.heads.contains(head)
