@@ -293,6 +293,23 @@ def test_repair_misses_the_checkpoints_of_a_run_that_has_none_left_and_takes_a_c
     assert call(capfd, "verify", run_path)[0] == 0
 
 
+def test_verify_and_repair_agree_on_a_segment_that_is_cut_short(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = run_path.with_name("copy")
+    shutil.copytree(run_path, copy)
+    (segment,) = (run_path / "journal").iterdir()
+    for length in (segment.stat().st_size // 2, 0):
+        os.truncate(segment, length)
+        for command in ("verify", "repair"):
+            code, out, _ = call(capfd, command, run_path)
+            assert code == 1, command
+            assert "damaged  journal: the record that checkpoint 000000006-0-" in out
+        code, out, _ = call(capfd, "repair", run_path, "--from", copy)
+        assert (code, out) == (0, f"restore  journal/{segment.name}: from {copy}\n")
+        assert call(capfd, "verify", run_path)[0] == 0
+
+
 def test_verify_finds_a_damaged_manifest_and_a_damaged_journal(
     run_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,22 +49,11 @@ pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
 
 /// What is wrong with the journal: damage, segments and records that are missing, lives that wrote at the same time.
 fn look_at_journal(path: &Path, run: &Overview) -> Result<(Story, Vec<String>), Failure> {
-    let infos = || run.checkpoints.iter().map(Checkpoint::info);
-    let heads: Vec<Digest> = infos().map(|info| info.journal_head).collect();
-    let story = read_story_with(path, &heads)?;
-    let mut boundaries = story.boundaries();
-    for boundary in boundaries.by_ref() {
-        boundary?;
-    }
-    let mut flaws = story.warnings.clone();
-    flaws.extend(boundaries.conflict_words());
-    let lost = infos().filter(|info| !story.has_head(&info.journal_head));
-    flaws.extend(lost.map(|info| {
-        format!(
-            "the record that checkpoint {} was made at is not there",
-            info.name
-        )
-    }));
+    let infos = run.checkpoints.iter().map(Checkpoint::info);
+    let heads: Vec<(String, Digest)> = infos.map(|info| (info.name.clone(), info.journal_head)).collect();
+    let wanted: Vec<Digest> = heads.iter().map(|(_, head)| *head).collect();
+    let story = read_story_with(path, &wanted)?;
+    let flaws = story.flaws(&heads)?;
     Ok((story, flaws))
 }
 

@@ -392,7 +392,7 @@ impl Findings {
         Ok(())
     }
 
-    /// Looks for whole copies of segments that are damaged or missing.
+    /// Looks for whole copies of segments that are damaged, cut short or missing.
     fn check_journal(&self, directory: &Directory, run_id: &str, copies: &[Directory]) -> Result<Segments> {
         let own = read_segments(directory, run_id)?;
         let known: HashSet<Digest> = own
@@ -420,9 +420,11 @@ impl Findings {
                 }
                 let has_wanted = other.chain.iter().any(|head| wanted.contains(head));
                 let fits = match own.get(&name) {
-                    Some(segment) if segment.whole => false,
                     // Another life may have gone on from a copy: what can be read here must be there too.
-                    Some(segment) if !segment.chain.is_empty() => other.chain.starts_with(&segment.chain),
+                    Some(segment) if !segment.chain.is_empty() => {
+                        // One that is cut short looks like one that a kill ended, unless something names what is gone.
+                        other.chain.starts_with(&segment.chain) && (has_wanted || !segment.whole)
+                    }
                     _ => has_wanted,
                 };
                 if fits {
@@ -445,9 +447,20 @@ impl Findings {
         run_id: &str,
         segments: &Segments,
     ) -> Result<(Vec<String>, bool)> {
-        let story = Story::open(directory, run_id)?;
+        let whole = self
+            .manifests
+            .iter()
+            .filter(|readable| !self.losses.contains_key(&readable.name))
+            .map(|readable| (readable.name.clone(), readable.manifest.journal_head));
+        let whole: Vec<(String, Digest)> = whole.collect();
+        let heads: Vec<Digest> = whole.iter().map(|(_, head)| *head).collect();
+        let story = Story::open_with(directory, run_id, &heads)?;
         let restored = &segments.restored;
-        let mut flaws = story.warnings.clone();
+        let at_records: Vec<(String, Digest)> = whole
+            .into_iter()
+            .filter(|(_, head)| restored.is_empty() || !segments.heads.contains(head))
+            .collect();
+        let mut flaws = story.flaws(&at_records)?;
         if !restored.is_empty() {
             // What a whole segment makes right is not beyond repair, nor is what hangs on it.
             flaws.retain(|flaw| {
@@ -645,7 +658,10 @@ fn carry_out(directory: &Directory, copies: &[Directory], actions: &[Action]) ->
 fn restore(directory: &Directory, copy: &Directory, name: &str) -> Result<()> {
     let temporary = store::temporary_name()?;
     fork::copy(copy, directory, name, &temporary)?;
-    let why = format!("damaged; restored from {}", copy.location().display());
+    let why = format!(
+        "damaged or cut short; restored from {}",
+        copy.location().display()
+    );
     match set_aside(directory, name, &why) {
         Err(error) if not_found(&error) => {} // It was missing.
         done => done?,

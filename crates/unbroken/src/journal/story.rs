@@ -278,6 +278,26 @@ impl Story {
         self.last.is_some_and(|(step, _)| step > 0) || self.unreadable || self.foreign
     }
 
+    /// What is wrong with the journal of a run with these checkpoints (name, chain hash), in words: damage, segments and
+    /// records that are missing, lives that wrote at the same time. The hashes must have been asked for.
+    ///
+    /// # Errors
+    ///
+    /// Where a segment cannot be read any more.
+    pub fn flaws(&self, checkpoints: &[(String, Digest)]) -> Result<Vec<String>> {
+        let mut boundaries = self.boundaries();
+        for boundary in boundaries.by_ref() {
+            boundary?;
+        }
+        let mut flaws = self.warnings.clone();
+        flaws.extend(boundaries.conflict_words());
+        let lost = checkpoints.iter().filter(|(_, head)| !self.has_head(head));
+        flaws.extend(
+            lost.map(|(name, _)| format!("the record that checkpoint {name} was made at is not there")),
+        );
+        Ok(flaws)
+    }
+
     /// Whether a chain hash that was asked for is in the readable part.
     pub fn has_head(&self, head: &Digest) -> bool {
         self.heads.contains(head)
