@@ -310,6 +310,38 @@ def test_verify_and_repair_agree_on_a_segment_that_is_cut_short(
         assert call(capfd, "verify", run_path)[0] == 0
 
 
+def test_verify_says_no_of_a_run_whose_description_is_damaged_or_gone(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = run_path / "run.toml"
+    whole = config.read_bytes()
+    for content in (whole.replace(b"seed", b"sead"), whole[:40], b"\xff", None):
+        config.unlink(missing_ok=True)
+        if content is not None:
+            config.write_bytes(content)
+        code, out, err = call(capfd, "verify", run_path)
+        assert (code, out.startswith("damaged  run.toml: ")) == (1, True)
+        assert "hint: `unbroken repair --from COPY`" in err
+        assert "continues from" not in err
+        code, out, _ = call(capfd, "verify", "--json", run_path)
+        assert (code, [row["name"] for row in json.loads(out)["damaged"]]) == (1, ["run.toml"])
+    config.write_bytes(whole[:40])
+    code, _, err = call(capfd, "repair", run_path)
+    assert code == 2
+    assert "`unbroken repair --from COPY`" in err
+
+
+def test_verify_of_a_run_without_a_whole_checkpoint_does_not_say_that_training_goes_on(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for manifest in (run_path / "checkpoints").iterdir():
+        damage(manifest)
+    code, _, err = call(capfd, "verify", run_path)
+    assert code == 1
+    assert "continues from" not in err
+    assert "hint: `unbroken repair --from COPY`" in err
+
+
 def test_verify_finds_a_damaged_manifest_and_a_damaged_journal(
     run_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value as Json, json};
 use unbroken::Digest;
 use unbroken::journal::Story;
-use unbroken::run::{Overview, read_story_with};
+use unbroken::run::{Overview, read_run, read_story_with};
 use unbroken::store::Checkpoint;
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
@@ -15,19 +15,31 @@ use crate::arguments::Verify;
 use crate::target::{self, Target};
 use crate::words::{count, line};
 
+/// A run's description.
+const CONFIG: &str = "run.toml";
+
 pub(crate) fn run(command: &Verify, streams: &mut Streams) -> Answer {
     let target = Target::parse(&command.checkpoint);
     let mut report = Report {
         command,
+        single: target.step.is_some() || target.path.is_file(),
         whole: Vec::new(),
         damaged: Vec::new(),
     };
-    if target.step.is_some() || target.path.is_file() {
+    if report.single {
         let checkpoint = target::open_checkpoint(&command.checkpoint, streams)?;
         report.check(&checkpoint, streams)?;
         return report.close(None, streams);
     }
-    let run = target::open_run(&target.path)?;
+    let run = match read_run(&target.path) {
+        Ok(run) => run,
+        Err(error) if is_of_config(&target.path, &error) => {
+            // It says whose the checkpoints and the journal are: nothing can be said of them without it.
+            report.damaged(CONFIG, error.to_string(), streams)?;
+            return report.close(None, streams);
+        }
+        Err(error) => return Err(error.into()),
+    };
     for checkpoint in &run.checkpoints {
         report.check(checkpoint, streams)?;
     }
@@ -59,6 +71,8 @@ fn look_at_journal(path: &Path, run: &Overview) -> Result<(Story, Vec<String>), 
 
 struct Report<'a> {
     command: &'a Verify,
+    /// Whether one checkpoint was asked for, and not the run.
+    single: bool,
     whole: Vec<String>,
     damaged: Vec<(String, String)>,
 }
@@ -128,12 +142,24 @@ impl Report<'_> {
         }
         streams.note("summary", &summary);
         if !whole {
-            streams.note(
-                "hint",
-                "starting the training's command again continues from the newest whole checkpoint",
-            );
+            let hint = match self.whole.is_empty() && !self.single {
+                true => "`unbroken repair --from COPY` takes whole files from a copy of the run",
+                false => "starting the training's command again continues from the newest whole checkpoint",
+            };
+            streams.note("hint", hint);
         }
         Ok(Verdict::yes_if(whole))
+    }
+}
+
+/// Whether what is wrong with a run directory is that its description is not what it was.
+fn is_of_config(path: &Path, error: &unbroken::Error) -> bool {
+    match error {
+        unbroken::Error::Damaged { path: file, .. } => *file == path.join(CONFIG),
+        unbroken::Error::Format { path: Some(file), .. } => {
+            *file == path.join(CONFIG) || (file == path && path.join("checkpoints").is_dir())
+        }
+        _ => false,
     }
 }
 

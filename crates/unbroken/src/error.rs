@@ -159,6 +159,11 @@ impl Error {
     /// What to do about it, if there is something to do.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Error::Damaged { path, .. } | Error::Format { path: Some(path), .. } if names(path, "run.toml") => Some(
+                "nothing was changed; unless another version of unbroken wrote it, `unbroken repair --from COPY` takes \
+                 it from a copy of the run"
+                    .into(),
+            ),
             Error::Damaged { .. } => Some(
                 "an older checkpoint may be whole: open the run without `strict` to fall back to it, or run \
                  `unbroken verify` to see which ones are"
@@ -422,6 +427,10 @@ impl std::error::Error for Error {
             _ => None,
         }
     }
+}
+
+fn names(path: &Path, name: &str) -> bool {
+    path.file_name().is_some_and(|last| last == name)
 }
 
 /// Shows a value on one line: a path or a name from a file may hold line breaks or terminal controls.
