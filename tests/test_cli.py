@@ -439,6 +439,17 @@ def test_prune_shows_first_and_deletes_then(run_path: Path, capfd: pytest.Captur
     assert call(capfd, "prune", run_path)[0] == 2
 
 
+def test_prune_refuses_a_metric_that_no_checkpoint_has_and_names_those_there_are(
+    run_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for flags in ([], ["--dry-run"]):
+        code, out, err = call(capfd, "prune", run_path, "--last", "1", "--best", "los:min:1", *flags)
+        assert (code, out) == (2, "")
+        assert "error: no checkpoint has a logged number called `los`" in err
+        assert "hint: they have `loss`; nothing was deleted" in err
+        assert len(list((run_path / "checkpoints").iterdir())) == 4
+
+
 def test_prune_says_which_file_keeps_it_from_deleting_tensors(
     run_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

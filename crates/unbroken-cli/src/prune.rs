@@ -2,11 +2,13 @@
 //!
 //! Touches: a run directory, under its lock; with `--dry-run` only to read, and without it.
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
 use unbroken::run::{Options, Run};
 use unbroken::store::{Best, CheckpointInfo, Order, Retention};
 
-use crate::answer::{Answer, Streams, Verdict};
+use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::arguments::Prune;
 use crate::target;
 use crate::words::count;
@@ -32,6 +34,9 @@ pub(crate) fn run(command: &Prune, streams: &mut Streams) -> Answer {
         .iter()
         .map(|checkpoint| checkpoint.info().clone())
         .collect();
+    if let Some(rule) = &command.best {
+        check_metric(&rule.metric, &infos)?;
+    }
     let (names, warnings) = if command.dry_run {
         (policy.plan(&infos)?, Vec::new())
     } else {
@@ -73,4 +78,19 @@ pub(crate) fn run(command: &Prune, streams: &mut Streams) -> Answer {
         &format!("{} {verb}, {left} kept", count(names.len(), "checkpoint")),
     );
     Ok(Verdict::Yes)
+}
+
+/// Refuses a metric that no checkpoint has: a slip in its name would delete what it was to keep.
+fn check_metric(metric: &str, infos: &[CheckpointInfo]) -> Result<(), Failure> {
+    let metrics = infos.iter().flat_map(|info| &info.metrics);
+    let known: BTreeSet<&str> = metrics.map(|(name, _)| name.as_str()).collect();
+    if infos.is_empty() || known.contains(metric) {
+        return Ok(());
+    }
+    let names: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
+    let hint = match names.is_empty() {
+        true => "none of them has a logged number; nothing was deleted".to_owned(),
+        false => format!("they have {}; nothing was deleted", names.join(", ")),
+    };
+    Err(Failure::new(format!("no checkpoint has a logged number called `{metric}`")).hint(hint))
 }
