@@ -352,6 +352,34 @@ def test_a_hostile_file_is_refused_by_name_and_leaves_nothing(
     assert [entry.name for entry in tmp_path.iterdir()] == ["old.pt"]
 
 
+def test_a_link_to_a_file_is_followed_as_in_a_model_hubs_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    torch.save({"a": torch.arange(5)}, tmp_path / "blobs" / "9f3c51")
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "model.bin"
+    link.symlink_to("../blobs/9f3c51")
+    assert main(["import", str(link), str(tmp_path / "run")]) == 0
+    assert torch.equal(unbroken.load(tmp_path / "run")["a"], torch.arange(5))
+
+
+def test_only_a_file_that_is_refused_for_what_it_names_is_said_to_need_torch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, new = tmp_path / "old.pt", tmp_path / "run"
+    torch.save({"a": nn.Linear(2, 2)}, file)
+    assert main(["import", str(file), str(new)]) == 2
+    assert "load it with torch" in capfd.readouterr().err
+    assert main(["import", str(tmp_path), str(new)]) == 2
+    error = capfd.readouterr().err
+    assert "a directory, not a plain file" in error and "load it with torch" not in error
+    torch.save({"a": 1}, file)
+    new.mkdir()
+    (new / "mine").touch()
+    assert main(["import", str(file), str(new)]) == 2
+    error = capfd.readouterr().err
+    assert "is there already" in error and "load it with torch" not in error
+
+
 def test_a_file_that_was_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
     for how in ({}, {"_use_new_zipfile_serialization": False}):
         file = io.BytesIO()

@@ -2,11 +2,12 @@
 //!
 //! Touches: the file, read only; the new run's directory, which appears whole or not at all.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
-use unbroken::run;
+use unbroken::{Error, run};
 
 use crate::answer::{Answer, Failure, Streams, Verdict};
 use crate::leaves::leaves;
@@ -31,13 +32,9 @@ pub(crate) struct Import {
 
 pub(crate) fn run(command: &Import, streams: &mut Streams) -> Answer {
     let imported = unbroken_import::import(&command.file, &command.new, command.step).map_err(|error| {
-        let failure = Failure::from(error);
-        match &failure {
-            Failure::Words { hint: None, .. } => failure.hint(
-                "nothing was written; where you trust the file, load it with torch and save what it cannot hold as \
-                 plain values",
-            ),
-            _ => failure,
+        match hint(&error) {
+            Some(hint) => Failure::from(error).hint(format!("nothing was written; {hint}")),
+            None => Failure::from(error),
         }
     })?;
     let info = &imported.checkpoint;
@@ -73,4 +70,18 @@ pub(crate) fn run(command: &Import, streams: &mut Streams) -> Answer {
         );
     }
     Ok(Verdict::Yes)
+}
+
+/// What to do about an error for which the core knows nothing better.
+fn hint(error: &Error) -> Option<&'static str> {
+    match error {
+        Error::Unsupported { .. } => {
+            Some("where you trust the file, load it with torch and save what it cannot hold as plain values")
+        }
+        Error::Invalid { .. } => Some("give a file and a directory that is not there yet"),
+        Error::Io { source, .. } if source.kind() == ErrorKind::InvalidInput => {
+            Some("give the file itself that torch.save wrote")
+        }
+        _ => None,
+    }
 }

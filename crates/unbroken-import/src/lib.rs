@@ -19,7 +19,7 @@ use unbroken::fork;
 use unbroken::run::Options;
 use unbroken::state::Value;
 use unbroken::storage::Directory;
-use unbroken::storage::disk::DiskStorage;
+use unbroken::storage::disk::{self, DiskStorage};
 use unbroken::store::{CheckpointInfo, Commit};
 use unbroken::{Digest, Error, Result};
 
@@ -177,7 +177,9 @@ pub fn import(file: &Path, place: &Path, step: u64) -> Result<Imported> {
     })
 }
 
+/// Reads the file that a person named, also by a link: caches of model hubs are made of links.
 fn read_file(file: &Path) -> Result<Vec<u8>> {
+    let file = &disk::resolve(file).map_err(|error| Error::io("open", file, error))?;
     let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     let name = file.file_name().and_then(|name| name.to_str());

@@ -338,7 +338,12 @@ impl Storage for DiskStorage {
     }
 }
 
-fn not_plain(what: &str) -> io::Error {
+/// Follows symbolic links to a file that a person named. Inside a run none is followed.
+pub fn resolve(path: &Path) -> io::Result<PathBuf> {
+    fs::canonicalize(path)
+}
+
+pub(super) fn not_plain(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidInput,
         format!("it is {what}, not a plain file"),
