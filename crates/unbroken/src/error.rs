@@ -181,7 +181,10 @@ impl Error {
             Error::Locked { holder: None, .. } => {
                 Some("wait for the other process or stop it; the lock goes away with it".into())
             }
-            Error::Io { source, .. } => match source.kind() {
+            Error::Io { path, source, .. } => match source.kind() {
+                io::ErrorKind::InvalidInput if names(path, "lock") => {
+                    Some("move it away; the lock's file is made again, in the run's directory itself".into())
+                }
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(
                     "free some space or prune older checkpoints; what was committed before is untouched"
                         .into(),

@@ -678,3 +678,20 @@ fn a_damaged_checkpoint_is_no_place_to_start_a_trial_from() {
     let trial = run.put_on_trial(Extent { least: 5, most: 50 }).unwrap();
     assert_eq!(trial.map(|trial| trial.from), Some((14, 0)));
 }
+
+#[test]
+fn a_link_in_the_place_of_the_lock_is_named_with_what_to_do() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("run");
+    Run::open(&path, &Options::default()).unwrap().close().unwrap();
+    std::fs::remove_file(path.join("lock")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", path.join("lock")).unwrap();
+    let error = Run::open(&path, &Options::default()).unwrap_err();
+    let told = error.to_string();
+    assert!(
+        told.contains("lock\": it is a symbolic link, not a plain file"),
+        "{told}"
+    );
+    assert!(error.hint().unwrap().contains("move it away"), "{error:?}");
+    assert!(!path.join("elsewhere").exists());
+}

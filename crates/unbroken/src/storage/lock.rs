@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::disk::not_plain;
 use super::{Claim, Lock};
 
 /// Device and inode of each lock file that this process holds.
@@ -33,7 +34,11 @@ pub(super) fn claim(dir: &OwnedFd, file: &str, mode: Mode) -> io::Result<Claim> 
         Err(error) => return Err(error),
     }
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(dir, file, flags, mode)?;
+    let fd = match rustix::fs::openat(dir, file, flags, mode) {
+        Err(Errno::LOOP) => return Err(not_plain("a symbolic link")),
+        Err(Errno::ISDIR) => return Err(not_plain("a directory")),
+        opened => opened?,
+    };
     match rustix::fs::fcntl_lock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::ACCESS | Errno::AGAIN) => return Ok(Claim::Refused(read_pid(&fd))),
         outcome => outcome?,
