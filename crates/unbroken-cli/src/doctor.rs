@@ -23,7 +23,7 @@ Exit code 0: the directory keeps what it is given, and has room. 1: it does not.
 pub(crate) struct Doctor {
     /// A run directory, or where one is to be
     pub(crate) dir: PathBuf,
-    /// Room that is needed, such as 40G; by default three times the newest checkpoint
+    /// Room that is needed, such as 1.5G; by default three times the newest checkpoint
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) need: Option<u64>,
     /// What a front knows of its own environment, a JSON object
@@ -448,19 +448,27 @@ fn answer_json(
     })
 }
 
-/// A size with a binary unit: `500M`, `40G`, `2T`, or bytes.
+/// A size with a binary unit: `500M`, `1.5G`, `62.2 GiB`, or bytes.
 fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, factor) = match text.char_indices().last() {
-        Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 1 << 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 1 << 30),
-        Some((at, 'T' | 't')) => (&text[..at], 1u64 << 40),
-        _ => (text, 1),
+    let wrong = || format!("`{text}` is no size such as 40G or 1.5G");
+    let digits_end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, unit) = text.split_at(digits_end.unwrap_or(text.len()));
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" if !number.contains('.') => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        _ => return Err(wrong()),
     };
-    let number: Option<u64> = digits.parse().ok();
-    number
-        .and_then(|number| number.checked_mul(factor))
-        .ok_or_else(|| format!("`{text}` is no size such as 40G"))
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(factor).ok_or_else(wrong);
+    }
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+    if bytes >= u64::MAX as f64 {
+        return Err(wrong());
+    }
+    Ok(bytes.ceil() as u64)
 }
 
 fn parse_facts(text: &str) -> Result<Facts, String> {
@@ -572,11 +580,27 @@ mod tests {
     }
 
     #[test]
-    fn sizes_take_binary_units() {
-        assert_eq!(parse_size("40G"), Ok(40 << 30));
-        assert_eq!(parse_size("17"), Ok(17));
-        for wrong in ["", "G", "-1G", "1.5G", "99999999999T"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
+    fn sizes_are_read_as_they_are_printed_with_decimals() {
+        assert_eq!(parse_size("1.5G"), Ok(3 << 29));
+        assert_eq!(parse_size("62.2 GiB"), Ok(66_786_741_453));
+        for same in ["40G", "40g", "40GiB", "40960M", "42949672960", "42949672960 B"] {
+            assert_eq!(parse_size(same), Ok(40 << 30), "{same}");
+        }
+        let wrong = [
+            "",
+            "G",
+            ".",
+            "1.5",
+            "1.2.3G",
+            "-1G",
+            "1e3",
+            "1GB",
+            "ib",
+            "17000000T",
+            "20000000000000000000",
+        ];
+        for text in wrong {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 }
