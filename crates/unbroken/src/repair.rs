@@ -654,7 +654,8 @@ fn carry_out(directory: &Directory, copies: &[Directory], actions: &[Action]) ->
     Ok(())
 }
 
-/// Brings a whole file from a copy under its name. What is under it now is put aside.
+/// Brings a whole file from a copy under its name. What is under it now is put aside, and stays under it until then: a
+/// manifest that was not there for a moment would leave its packs to the next sweep.
 fn restore(directory: &Directory, copy: &Directory, name: &str) -> Result<()> {
     let temporary = store::temporary_name()?;
     fork::copy(copy, directory, name, &temporary)?;
@@ -662,16 +663,56 @@ fn restore(directory: &Directory, copy: &Directory, name: &str) -> Result<()> {
         "damaged or cut short; restored from {}",
         copy.location().display()
     );
-    match set_aside(directory, name, &why) {
+    match keep_aside(directory, name, &why) {
         Err(error) if not_found(&error) => {} // It was missing.
+        Err(error) if store::is_damage(&error) => set_aside(directory, name, &why)?, // Neither links nor a readable file.
         done => done?,
     }
     let (parent, _) = split(name);
     if !parent.is_empty() {
         directory.create_dir(parent)?;
     }
-    directory.rename_new(&temporary, name)?;
+    directory.rename_over(&temporary, name)?;
     directory.sync_dir(parent)
+}
+
+/// Gives a file a second name in `quarantine/`, for good; where the file system has no links, a copy.
+fn keep_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
+    directory.create_dir(QUARANTINE)?;
+    directory.sync_dir("")?;
+    let mut copied: Option<String> = None;
+    for place in places_of(split(name).1) {
+        let kept = match &copied {
+            Some(copied) => directory.rename_new(copied, &place),
+            None => match directory.link_new(directory, name, &place) {
+                Err(error) if !already_exists(&error) && !not_found(&error) => {
+                    let temporary = store::temporary_name()?;
+                    fork::copy(directory, directory, name, &temporary)?;
+                    let kept = directory.rename_new(&temporary, &place);
+                    copied = Some(temporary);
+                    kept
+                }
+                linked => linked,
+            },
+        };
+        match kept {
+            Err(error) if already_exists(&error) => {}
+            Err(error) => return Err(error),
+            Ok(()) => {
+                note(directory, &place, why)?;
+                return directory.sync_dir(QUARANTINE);
+            }
+        }
+    }
+    unreachable!("there is always another name")
+}
+
+/// Names in `quarantine/` for a file, to be tried one after the other.
+fn places_of(base: &str) -> impl Iterator<Item = String> {
+    (1u64..).map(move |number| match number {
+        1 => format!("{QUARANTINE}/{base}"),
+        number => format!("{QUARANTINE}/{base}.{number}"),
+    })
 }
 
 /// A name's directory (`""` is the root) and its last part.
@@ -684,12 +725,7 @@ fn set_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
     directory.create_dir(QUARANTINE)?;
     directory.sync_dir("")?;
     let (parent, base) = split(name);
-    let mut number = 1;
-    loop {
-        let place = match number {
-            1 => format!("{QUARANTINE}/{base}"),
-            number => format!("{QUARANTINE}/{base}.{number}"),
-        };
+    for place in places_of(base) {
         match directory.link_new(directory, name, &place) {
             Ok(()) => {
                 note(directory, &place, why)?;
@@ -697,7 +733,7 @@ fn set_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
                 directory.remove(name)?;
                 return directory.sync_dir(parent);
             }
-            Err(error) if already_exists(&error) => number += 1,
+            Err(error) if already_exists(&error) => {}
             Err(error) if not_found(&error) => return Err(error),
             // A file system without links: the move is one rename, durable at its new place first.
             Err(_) => match directory.rename_new(name, &place) {
@@ -706,11 +742,12 @@ fn set_aside(directory: &Directory, name: &str, why: &str) -> Result<()> {
                     directory.sync_dir(QUARANTINE)?;
                     return directory.sync_dir(parent);
                 }
-                Err(error) if already_exists(&error) => number += 1,
+                Err(error) if already_exists(&error) => {}
                 Err(error) => return Err(error),
             },
         }
     }
+    unreachable!("there is always another name")
 }
 
 /// Writes why a file is here beside it.

@@ -15,9 +15,9 @@ use unbroken::repair::{Action, Plan, plan, repair, repair_on};
 use unbroken::run::{self, Options, Run};
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
-use unbroken::storage::memory::Leftovers;
+use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::Checkpoint;
-use world::{assert_exact, run_in_memory, train};
+use world::{assert_exact, files_in, run_in_memory, train};
 
 /// A run with checkpoints at steps 0 to 3, closed.
 fn run_in(place: &Path) -> PathBuf {
@@ -547,4 +547,113 @@ fn a_repair_can_be_cut_short_anywhere_by_a_kill_or_a_power_cut() {
         cuts += 1;
     }
     assert!(cuts > 40, "only {cuts} operations");
+}
+
+/// A run with steps 0 to 3 in memory, and a whole copy of it on disk.
+fn run_with_copy(place: &Path) -> (MemoryStorage, PathBuf) {
+    let (memory, copy) = (run_in_memory(3), place.join("copy"));
+    for (name, bytes) in memory.files() {
+        let file = copy.join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, bytes).unwrap();
+    }
+    (memory, copy)
+}
+
+fn names_in(memory: &MemoryStorage, dir: &str) -> Vec<String> {
+    let names = files_in(memory, dir).into_keys();
+    names.map(|name| format!("{dir}/{name}")).collect()
+}
+
+fn remove_durably(memory: &MemoryStorage, name: &str) {
+    memory.remove(name).unwrap();
+    memory.sync_dir(name.split_once('/').unwrap().0).unwrap();
+}
+
+/// Repairs from a copy, and fails or dies at each operation in turn, in each way. Every content must still be there then,
+/// and a second repair must finish what the first began.
+fn fails_anywhere(memory: &MemoryStorage, copy: &PathBuf, whole: usize) {
+    let copies = std::slice::from_ref(copy);
+    let before = memory.files();
+    let check = |left: MemoryStorage, story: &str| {
+        let (found, again) = (left.files(), repair_on(Arc::new(left.clone()), copies));
+        for (name, bytes) in before.iter().filter(|(name, _)| name.as_str() != "lock") {
+            let kept = |files: &BTreeMap<String, Vec<u8>>| files.values().any(|found| found == bytes);
+            assert!(
+                kept(&found) && kept(&left.files()),
+                "{name} is gone after {story}"
+            );
+        }
+        assert_eq!(again.expect(story).whole.len(), whole, "{story}");
+        assert!(
+            repair_on(Arc::new(left.clone()), &[]).unwrap().actions.is_empty(),
+            "{story}"
+        );
+        let strict = Options {
+            strict: true,
+            ..Options::default()
+        };
+        let run = Run::open_on(Arc::new(left), &strict).expect(story);
+        assert_eq!(run.warnings(), [] as [String; 0], "{story}");
+        assert_exact(run.resumed_from().unwrap());
+        assert_eq!(run.resumed_from().unwrap().info().step, 3, "{story}");
+    };
+    for fault in [Fault::Crash, Fault::CrashAfter, Fault::Device, Fault::NoSpace] {
+        let mut operations = 0;
+        loop {
+            let trial = memory.fork();
+            let faulty = FaultyStorage::new(Arc::new(trial.clone()));
+            faulty.fail_at(operations, fault);
+            // One that a failing device can do without is none that ends the repair.
+            let _ = repair_on(Arc::new(faulty.clone()), copies);
+            let story = format!("{fault:?} at operation {operations}");
+            let cuts = match fault {
+                Fault::Crash | Fault::CrashAfter => {
+                    &[Leftovers::Nothing, Leftovers::Names, Leftovers::Everything][..]
+                }
+                _ => &[],
+            };
+            for leftovers in cuts {
+                check(
+                    trial.after_power_cut(*leftovers),
+                    &format!("{story}, {leftovers:?}"),
+                );
+            }
+            check(trial, &story);
+            if faulty.operations().len() <= operations {
+                break;
+            }
+            operations += 1;
+        }
+        assert!(operations > 30, "only {operations} operations");
+    }
+}
+
+#[test]
+fn a_restore_from_a_copy_can_fail_or_be_cut_short_anywhere() {
+    let place = tempfile::tempdir().unwrap();
+    let (memory, copy) = run_with_copy(place.path());
+    let damage = |name: &str, length: usize| {
+        let mut bytes = memory.files()[name].clone();
+        bytes.truncate(bytes.len() - length);
+        *bytes.last_mut().unwrap() ^= 1;
+        memory.put(name, bytes);
+    };
+    let (packs, manifests) = (names_in(&memory, "objects"), names_in(&memory, "checkpoints"));
+    damage(&packs[0], 0);
+    remove_durably(&memory, &packs[1]);
+    damage(&manifests[1], 1);
+    let segment = "journal/000001.journal";
+    damage(segment, memory.files()[segment].len() / 2);
+    fails_anywhere(&memory, &copy, 4);
+}
+
+#[test]
+fn bringing_a_checkpoint_back_from_a_copy_can_fail_or_be_cut_short_anywhere() {
+    let place = tempfile::tempdir().unwrap();
+    let (memory, copy) = run_with_copy(place.path());
+    for manifest in names_in(&memory, "checkpoints") {
+        remove_durably(&memory, &manifest);
+    }
+    fails_anywhere(&memory, &copy, 1);
 }

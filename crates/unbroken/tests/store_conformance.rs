@@ -147,7 +147,25 @@ fn a_file_that_somebody_else_has_is_not_written_over() {
 }
 
 #[test]
-fn no_name_is_ever_replaced() {
+fn a_file_takes_the_place_of_another_only_where_it_is_told_to() {
+    on_each(|directory| {
+        directory.create_dir("d").unwrap();
+        put(directory, "d/a", b"first");
+        put(directory, "b", b"second");
+        directory.rename_over("b", "d/a").unwrap();
+        assert_eq!(directory.read_all("d/a", 100).unwrap(), b"second");
+        directory.rename_over("d/a", "c").unwrap();
+        assert_eq!(directory.list("").unwrap(), ["c", "d"]);
+        assert!(
+            directory.rename_over("c", "d").is_err(),
+            "a directory is never replaced"
+        );
+        assert_eq!(directory.read_all("c", 100).unwrap(), b"second");
+    });
+}
+
+#[test]
+fn no_name_is_replaced_by_a_new_one() {
     on_each(|directory| {
         put(directory, "a", b"first");
         put(directory, "b", b"second");

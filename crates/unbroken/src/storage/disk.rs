@@ -284,6 +284,13 @@ impl Storage for DiskStorage {
         }
     }
 
+    fn rename_over(&self, from: &str, to: &str) -> io::Result<()> {
+        let (from_dir, from_file) = split(from)?;
+        let (to_dir, to_file) = split(to)?;
+        let (from_fd, to_fd) = (self.parent(from_dir)?, self.parent(to_dir)?);
+        Ok(rustix::fs::renameat(&from_fd, from_file, &to_fd, to_file)?)
+    }
+
     fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
         let (from_dir, from_file) = split(name)?;
         let (to_dir, to_file) = split(to)?;

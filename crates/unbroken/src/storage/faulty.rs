@@ -210,6 +210,10 @@ impl Storage for FaultyStorage {
         whole(&self.plan, "rename", to, || self.inner.rename_new(from, to))
     }
 
+    fn rename_over(&self, from: &str, to: &str) -> io::Result<()> {
+        whole(&self.plan, "rename", to, || self.inner.rename_over(from, to))
+    }
+
     fn link_new(&self, from: &dyn Storage, name: &str, to: &str) -> io::Result<()> {
         whole(&self.plan, "link", to, || self.inner.link_new(from, name, to))
     }

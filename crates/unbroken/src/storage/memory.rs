@@ -220,6 +220,26 @@ impl MemoryStorage {
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+
+    fn rename(&self, from: &str, to: &str, replace: bool) -> io::Result<()> {
+        split(from)?;
+        let (dir, _) = split(to)?;
+        let mut content = self.content();
+        let node = *content.names.get(from).ok_or_else(missing)?;
+        if !content.directories.contains(dir) {
+            return Err(missing());
+        }
+        if !replace && content.names.contains_key(to) || content.directories.contains(to) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        content.names.remove(from);
+        content.names.insert(to.to_owned(), node);
+        content.note(|| Effect::Rename {
+            from: from.to_owned(),
+            to: to.to_owned(),
+        });
+        Ok(())
+    }
 }
 
 fn missing() -> io::Error {
@@ -298,23 +318,11 @@ impl Storage for MemoryStorage {
     }
 
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()> {
-        split(from)?;
-        let (dir, _) = split(to)?;
-        let mut content = self.content();
-        let node = *content.names.get(from).ok_or_else(missing)?;
-        if !content.directories.contains(dir) {
-            return Err(missing());
-        }
-        if content.names.contains_key(to) || content.directories.contains(to) {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        content.names.remove(from);
-        content.names.insert(to.to_owned(), node);
-        content.note(|| Effect::Rename {
-            from: from.to_owned(),
-            to: to.to_owned(),
-        });
-        Ok(())
+        self.rename(from, to, false)
+    }
+
+    fn rename_over(&self, from: &str, to: &str) -> io::Result<()> {
+        self.rename(from, to, true)
     }
 
     fn sync_dir(&self, name: &str) -> io::Result<()> {

@@ -128,6 +128,21 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// after that of its own. Before, there may be both, either or, between two directories, neither.
     fn rename_new(&self, from: &str, to: &str) -> io::Result<()>;
 
+    /// Gives a file another name, in the place of what has it now: at no instant is there nothing under that name.
+    ///
+    /// Only for a repair, of which the replaced file has a second name already. A storage that has no such call takes two.
+    ///
+    /// # Durability
+    ///
+    /// That of [`Storage::rename_new`]; before, either file may be under the name.
+    fn rename_over(&self, from: &str, to: &str) -> io::Result<()> {
+        match self.remove(to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed?,
+        }
+        self.rename_new(from, to)
+    }
+
     /// Gives a file of another storage a second name here, its bytes shared; `AlreadyExists` if the name is taken.
     ///
     /// `Unsupported` where the two have no bytes that can be shared.
@@ -265,6 +280,15 @@ impl Directory {
             "rename into place",
             to,
             uninterrupted(|| self.storage.rename_new(from, to)),
+        )
+    }
+
+    /// Gives a file another name, in the place of what has it now. See [`Storage::rename_over`].
+    pub fn rename_over(&self, from: &str, to: &str) -> Result<()> {
+        self.told(
+            "rename into place",
+            to,
+            uninterrupted(|| self.storage.rename_over(from, to)),
         )
     }
 
