@@ -5,6 +5,7 @@
 mod disks;
 mod world;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -212,6 +213,120 @@ fn an_operation_of_a_commit_in_pieces_that_fails_once_costs_that_commit_only() {
             }
         }
     }
+}
+
+#[test]
+fn a_disk_that_gets_full_in_a_commit_in_pieces_is_told_and_the_next_commit_is_in_pieces_again() {
+    // Steps 0 to 3 are committed. In step 4's commit the disk gets full at one of its operations, and stays so for
+    // another attempt. Then there is room again.
+    let mut struck = BTreeMap::new();
+    for index in 0.. {
+        let memory = MemoryStorage::new();
+        let faulty = FaultyStorage::new(shared(&memory));
+        let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+        run.begin().unwrap();
+        train(&run, 0..=3).unwrap();
+        run.record(4, 0, 0, 4, components(4)).unwrap();
+        let before = memory.files();
+        faulty.fail_at(index, Fault::NoSpace);
+        let outcome = commit(&run, 4);
+        let operations = faulty.operations();
+        let story = format!("full at operation {index} of {operations:?}");
+        let info = match outcome {
+            Ok(info) => info,
+            Err(error) => {
+                let first = operations[index..]
+                    .iter()
+                    .find(|&&operation| takes_room(operation));
+                let first =
+                    *first.unwrap_or_else(|| panic!("{story}: nothing had to be written, and {error}"));
+                *struck.entry(first).or_insert(0) += 1;
+                told_of_full_disk(&error, Some(first), &story);
+                assert_eq!(
+                    objects_and_manifests(&memory.files()),
+                    objects_and_manifests(&before),
+                    "{story}"
+                );
+                // What cannot fit is refused before anything is written.
+                let again = commit(&run, 4).expect_err(&story);
+                told_of_full_disk(&again, None, &story);
+                let tried = &faulty.operations()[operations.len()..];
+                assert!(
+                    !tried.iter().any(|&operation| takes_room(operation)),
+                    "{story}: {tried:?}"
+                );
+                faulty.heal();
+                commit(&run, 4).unwrap_or_else(|error| panic!("{story}: {error}"))
+            }
+        };
+        faulty.heal();
+        train(&run, 5..=5).unwrap_or_else(|error| panic!("{story}: {error}"));
+        assert!(files_in(&memory, "tmp").is_empty(), "{story}");
+        for (name, bytes) in objects_and_manifests(&before) {
+            assert_eq!(memory.files().get(name), Some(bytes), "{story}: {name}");
+        }
+        // Also after a power cut: no sync was taken for done that was not.
+        let run = open(&shared(&memory.after_power_cut(Leftovers::Nothing))).unwrap();
+        assert!(run.rejected().is_empty() && run.warnings().is_empty(), "{story}");
+        let checkpoints = run.checkpoints();
+        let steps: Vec<u64> = checkpoints.iter().map(|info| info.step).collect();
+        assert_eq!(steps, [0, 1, 2, 3, 4, 5], "{story}");
+        assert_eq!(checkpoints[4].name, info.name, "{story}");
+        for info in &checkpoints {
+            let checkpoint = run.checkpoint(&info.name).unwrap();
+            exact(&checkpoint).unwrap_or_else(|why| panic!("{story}: {why}"));
+            assert!(
+                in_pieces(&checkpoint) || info.step < 4,
+                "{story}: step {}",
+                info.step
+            );
+        }
+        if operations.len() <= index {
+            break;
+        }
+    }
+    // Two packs and a manifest are made, written and renamed; the packs' space is set aside first.
+    for (operation, least) in [("create", 3), ("reserve", 2), ("write", 3), ("rename", 3)] {
+        assert!(struck.get(operation) >= Some(&least), "{struck:?}");
+    }
+}
+
+fn takes_room(operation: &str) -> bool {
+    ["create", "reserve", "write", "rename"].contains(&operation)
+}
+
+/// Files that a checkpoint is made of.
+fn objects_and_manifests(files: &BTreeMap<String, Vec<u8>>) -> BTreeMap<&String, &Vec<u8>> {
+    let journal = |name: &str| name.starts_with("journal/");
+    files.iter().filter(|(name, _)| !journal(name)).collect()
+}
+
+/// The error says which call failed where, how many bytes were needed and how many there are.
+fn told_of_full_disk(error: &Error, operation: Option<&str>, story: &str) {
+    let Error::Io {
+        doing,
+        path,
+        source,
+        needed_bytes: Some(needed),
+        free_bytes: Some(4096),
+    } = error
+    else {
+        panic!("{story}: {error:?}")
+    };
+    assert!(
+        doing.contains(operation.unwrap_or("make room")),
+        "{story}: {error}"
+    );
+    assert!(path.starts_with("memory:"), "{story}: {error}");
+    assert_eq!(source.kind(), std::io::ErrorKind::StorageFull, "{story}");
+    // Three chunks and the leaf, two headers and the manifest; not the tables.
+    let new = 3 * CHUNK as u64 + 600;
+    assert!((new..new + 6000).contains(needed), "{story}: {needed} bytes");
+    let words = error.to_string();
+    assert!(
+        words.contains(&format!("{needed} bytes needed")) && words.contains("4096 bytes free"),
+        "{words}"
+    );
 }
 
 /// What must hold of any disk: it opens, and everything that it offers is whole; nothing acknowledged is missing.

@@ -15,7 +15,7 @@ use super::{Claim, Input, Output, Storage};
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The disk is full: the operation fails, and nothing can be written until healed.
+    /// The disk gets full: from the operation on nothing can be written until healed. There is room before.
     NoSpace,
     /// The device fails once.
     Device,
@@ -38,6 +38,8 @@ struct Plan {
     failed: Vec<(&'static str, String)>,
     fault: Option<(usize, Fault)>,
     crashed: bool,
+    /// Whether something had no space.
+    full: bool,
     /// Syncs asked of files of which one had failed.
     retried: usize,
 }
@@ -134,7 +136,10 @@ impl Plan {
             "write" | "reserve" | "create" | "create directory" | "rename" | "link"
         );
         match self.fault {
-            Some((planned, Fault::NoSpace)) if index >= planned && writes => Err(Errno::NOSPC.into()),
+            Some((planned, Fault::NoSpace)) if index >= planned && writes => {
+                self.full = true;
+                Err(Errno::NOSPC.into())
+            }
             Some((planned, fault)) if index == planned => match fault {
                 Fault::NoSpace => Ok(Turn::Work),
                 Fault::Device => Err(Errno::IO.into()),
@@ -235,11 +240,10 @@ impl Storage for FaultyStorage {
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        let plan = self.plan();
-        match plan.fault {
-            // It fills up in the middle of things: before that, there was room.
-            Some((planned, Fault::NoSpace)) if plan.operations.len() > planned => Ok(4096),
-            _ => self.inner.free_bytes(),
+        if self.plan().full {
+            Ok(4096)
+        } else {
+            self.inner.free_bytes()
         }
     }
 
