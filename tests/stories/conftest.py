@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Nursery, Story
+from harness import WORKLOAD, Nursery, Story
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +23,10 @@ def story(nursery: Nursery, tmp_path: Path) -> Callable[..., Story]:
     """Return a function that begins a story with the given flags."""
     count = 0
 
-    def begin(*flags: str) -> Story:
+    def begin(*flags: str, script: Path = WORKLOAD) -> Story:
         nonlocal count
         count += 1
-        return Story(nursery, tmp_path / f"story{count}", flags)
+        return Story(nursery, tmp_path / f"story{count}", flags, script)
 
     return begin
 
@@ -40,11 +40,12 @@ def reference(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """
     known: dict[tuple[str, ...], Story] = {}
 
-    def uninterrupted(*flags: str) -> Story:
-        if flags not in known:
-            told = Story(nursery, tmp_path_factory.mktemp("reference"), flags)
+    def uninterrupted(*flags: str, script: Path = WORKLOAD) -> Story:
+        name = (str(script), *flags)
+        if name not in known:
+            told = Story(nursery, tmp_path_factory.mktemp("reference"), flags, script)
             told.live(*(() if "keyed" in flags else ("--plain",)))
-            known[flags] = told
-        return known[flags]
+            known[name] = told
+        return known[name]
 
     return uninterrupted

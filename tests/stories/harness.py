@@ -16,6 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WORKLOAD = HERE / "workload.py"
+TABLES = HERE / "tables.py"
 STEPS = 150
 
 KILLED = -signal.SIGKILL
@@ -99,10 +100,13 @@ class Life:
 class Story:
     """One run in a directory of its own, over any number of lives, with the trace they all append to."""
 
-    def __init__(self, nursery: Nursery, directory: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, nursery: Nursery, directory: Path, flags: Sequence[str] = (), script: Path = WORKLOAD
+    ) -> None:
         self.nursery = nursery
         self.directory = directory
         self.flags = list(flags)
+        self.script = script
         self.run = directory / "run"
         self.trace = directory / "trace"
         self.lives: list[Life] = []
@@ -114,7 +118,7 @@ class Story:
         """Start a life.
 
         Args:
-            flags: Arguments of the workload besides the story's own.
+            flags: Arguments of the script besides the story's own.
             fresh: Start a new interpreter instead of a fork of the nursery.
             limits: `file_size_limit` in bytes, `user` to become; not with `fresh`.
             variables: Environment variables.
@@ -125,7 +129,7 @@ class Story:
         if fresh:
             with stdout.open("w") as out, stderr.open("w") as err:
                 process = subprocess.Popen(
-                    [sys.executable, str(WORKLOAD), *arguments],
+                    [sys.executable, str(self.script), *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
@@ -138,7 +142,7 @@ class Story:
             stderr.touch()
             pid = self.nursery.ask(
                 do="start",
-                script=str(WORKLOAD),
+                script=str(self.script),
                 arguments=arguments,
                 environment=variables,
                 stdout=str(stdout),

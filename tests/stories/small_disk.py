@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SIZE_BYTES = 4 << 20
+# For the table's story, which writes 70 MB.
+LARGE_BYTES = 96 << 20
 # Between the journal of a whole run and one pack of a run with WIDE.
 LIMIT_BYTES = 600_000
 WIDE = ("--hidden", "4000")
@@ -67,18 +69,23 @@ def _limit(pid: int, length: int) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(directory: Path) -> Iterator[SmallDisk]:
+def small_disk(directory: Path, size_bytes: int = SIZE_BYTES) -> Iterator[SmallDisk]:
     """Make the best small disk that is allowed here, and take it away again."""
     for make in (_mounted("ext4"), _mounted("tmpfs"), _namespace):
         with contextlib.ExitStack() as stack:
-            disk = make(directory, stack)
+            disk = make(directory, size_bytes, stack)
             if disk is not None:
                 yield disk
                 return
-    yield SmallDisk("a limit on the length of files", directory, limits=True, flags=WIDE)
+    yield limited(directory)
 
 
-Make = Callable[[Path, contextlib.ExitStack], SmallDisk | None]
+def limited(directory: Path) -> SmallDisk:
+    """Return what gets full for one process only, in the middle of a file: the limit on its files' length."""
+    return SmallDisk("a limit on the length of files", directory, limits=True, flags=WIDE)
+
+
+Make = Callable[[Path, int, contextlib.ExitStack], SmallDisk | None]
 
 
 def _quietly(*command: str | Path) -> bool:
@@ -89,15 +96,15 @@ def _quietly(*command: str | Path) -> bool:
 
 
 def _mounted(kind: str) -> Make:
-    def make(directory: Path, stack: contextlib.ExitStack) -> SmallDisk | None:
+    def make(directory: Path, size_bytes: int, stack: contextlib.ExitStack) -> SmallDisk | None:
         place = directory / "disk"
         place.mkdir(exist_ok=True)
         if kind == "tmpfs":
-            mounted = _quietly("mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES}", "none", place)
+            mounted = _quietly("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", place)
         else:
             image = directory / "image"
             with image.open("wb") as file:
-                file.truncate(SIZE_BYTES)
+                file.truncate(size_bytes)
             # Without blocks kept for root, so that full means full for it too.
             mounted = _quietly(f"mkfs.{kind}", "-q", "-m", "0", "-F", image) and _quietly(
                 "mount", "-o", "loop", image, place
@@ -105,15 +112,15 @@ def _mounted(kind: str) -> Make:
         if not mounted:
             return None
         stack.callback(_quietly, "umount", "-l", place)
-        return SmallDisk(f"{kind} of {SIZE_BYTES} bytes", place)
+        return SmallDisk(f"{kind} of {size_bytes} bytes", place)
 
     return make
 
 
-def _namespace(directory: Path, stack: contextlib.ExitStack) -> SmallDisk | None:
+def _namespace(directory: Path, size_bytes: int, stack: contextlib.ExitStack) -> SmallDisk | None:
     place = directory / "disk"
     place.mkdir(exist_ok=True)
-    script = f'mount -t tmpfs -o size={SIZE_BYTES} none "$0" && echo mounted && exec sleep 600'
+    script = f'mount -t tmpfs -o size={size_bytes} none "$0" && echo mounted && exec sleep 600'
     try:
         holder = subprocess.Popen(
             ["unshare", "-rm", "sh", "-c", script, str(place)],
@@ -134,4 +141,4 @@ def _namespace(directory: Path, stack: contextlib.ExitStack) -> SmallDisk | None
         (seen / "probe").unlink()
     except OSError:
         return None
-    return SmallDisk(f"tmpfs of {SIZE_BYTES} bytes in a namespace", seen)
+    return SmallDisk(f"tmpfs of {size_bytes} bytes in a namespace", seen)

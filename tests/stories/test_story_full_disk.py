@@ -1,5 +1,6 @@
 """O10: the disk gets full for real in the middle of a training, and has room again."""
 
+import contextlib
 import json
 import signal
 import time
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import Life, Story, assert_exact, assert_journal_whole, command
-from small_disk import LIMIT_BYTES, SmallDisk, small_disk
+from harness import TABLES, Life, Story, assert_exact, assert_journal_whole, command
+from small_disk import LARGE_BYTES, LIMIT_BYTES, SmallDisk, limited, small_disk
+from tables import STEPS
+from unbroken import _core
 
 Begin = Callable[..., Story]
 
@@ -121,3 +124,44 @@ def test_a_save_that_cannot_fit_says_what_it_needs_and_what_there_is(story: Begi
     assert "bytes needed" in error
     assert "bytes free" in error
     assert list((told.run / "objects").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["disk", "limit"])
+def test_a_disk_gets_full_while_an_embedding_table_is_saved_by_chunks(
+    story: Begin,
+    reference: Begin,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    kind: str,
+) -> None:
+    # A disk that has no room is seen before a chunk is written; a limit is met in the middle of it.
+    with contextlib.ExitStack() as stack:
+        disk = (
+            limited(tmp_path) if kind == "limit" else stack.enter_context(small_disk(tmp_path, LARGE_BYTES))
+        )
+        record_property("full disk", disk.how)
+        told = story("--on-full", "continue", "--pause-ms", "100", script=TABLES)
+        told.run = disk.directory / "run"
+        life = told.start()
+        wait_for(life, "a checkpoint of step 6", told=lambda: any(told.run.glob("checkpoints/*6-0*")))
+        disk.fill(life.pid)
+        last = told.steps_written()[-1]
+        wait_for(life, "steps without room", told=until_step(told, last + 5))
+        full = whole_steps(told)
+        assert full[:4] == [0, 2, 4, 6]
+        assert full[-1] <= last
+        assert "training goes on" in life.words
+        # On a full disk the journal may be the first to have no room.
+        assert kind == "disk" or "bytes needed" in life.words
+        disk.empty(life.pid)
+        assert life.wait() == 0, life.words
+        later = [step for step in whole_steps(told) if step > last + 5]
+        assert later[-1] == STEPS
+        assert_exact(told, reference(script=TABLES))
+        assert_journal_whole(told, STEPS)
+        infos = [_core.read_checkpoint(path).info for path in told.run.glob("checkpoints/*")]
+        shares = [
+            info.new_bytes / info.size_bytes for info in infos if info.step in later and info.phase == 0
+        ]
+        # Now and then packs that are hardly used are given up, and the rest of them written again.
+        assert sorted(shares)[len(shares) // 2] < 1 / 3, shares
