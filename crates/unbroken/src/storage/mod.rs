@@ -336,7 +336,7 @@ impl Directory {
     /// Returns how many bytes can still be written.
     pub fn free_bytes(&self) -> Result<u64> {
         self.told(
-            "measure free space of",
+            "measure free space",
             "",
             uninterrupted(|| self.storage.free_bytes()),
         )
@@ -433,7 +433,7 @@ impl File {
     /// Makes the file exactly `length` bytes long, their space set aside.
     pub fn reserve(&self, length: u64) -> Result<()> {
         self.directory.told(
-            "reserve space for",
+            "reserve space",
             &self.name,
             uninterrupted(|| self.output.reserve(length)),
         )

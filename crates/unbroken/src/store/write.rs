@@ -666,10 +666,7 @@ impl Store {
         }
         if short(&self.directory) {
             let full = std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
-            return Err(self.with_space(
-                Error::io("make room in", self.directory.path(OBJECTS), full),
-                needed,
-            ));
+            return Err(self.with_space(Error::io("make room", self.directory.path(OBJECTS), full), needed));
         }
         Ok(())
     }
