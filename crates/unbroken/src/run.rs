@@ -58,6 +58,39 @@ pub struct Options {
 /// storages. Asked again where the checkpoint turns out to be damaged and an older one takes its place.
 pub type Lend<'a, 'm> = &'a mut dyn FnMut(&Checkpoint) -> Result<Vec<(usize, &'m mut [u8])>>;
 
+/// Where a checkpoint's bytes go while they are verified.
+pub(crate) trait Memory {
+    /// Makes memory for a checkpoint about to be read, giving up what was for another one.
+    fn make(&mut self, checkpoint: &Checkpoint) -> Result<()>;
+
+    /// What was made: (storage, memory of exactly its length), for any of its storages.
+    fn targets(&mut self) -> Vec<(usize, &mut [u8])>;
+}
+
+/// Memory that somebody else lends.
+struct Lent<'a, 'm> {
+    lend: Lend<'a, 'm>,
+    targets: Vec<(usize, &'m mut [u8])>,
+}
+
+impl<'a, 'm> Lent<'a, 'm> {
+    fn by(lend: Lend<'a, 'm>) -> Self {
+        let targets = Vec::new();
+        Lent { lend, targets }
+    }
+}
+
+impl Memory for Lent<'_, '_> {
+    fn make(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.targets = (self.lend)(checkpoint)?;
+        Ok(())
+    }
+
+    fn targets(&mut self) -> Vec<(usize, &mut [u8])> {
+        std::mem::take(&mut self.targets)
+    }
+}
+
 /// Who a run is, from its `run.toml`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
@@ -146,6 +179,11 @@ impl Run {
     /// Opens or creates a run like [`Run::open`]. While it reads every byte of the newest checkpoint it leaves them in
     /// memory that it is lent, so that nothing is read twice: verified, if the run is opened, and unspecified if not.
     pub fn open_into(path: &Path, options: &Options, lend: Lend) -> Result<Run> {
+        Run::open_filling(path, options, &mut Lent::by(lend))
+    }
+
+    /// [`Run::open_into`] memory of any kind.
+    pub(crate) fn open_filling(path: &Path, options: &Options, memory: &mut dyn Memory) -> Result<Run> {
         check_settings(&options.settings)?;
         let opened = match DiskStorage::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -153,7 +191,7 @@ impl Run {
             }
             opened => opened.map_err(|error| Error::io("open directory", path, error))?,
         };
-        Run::open_on_into(Arc::new(opened), options, lend)
+        Run::open_on_filling(Arc::new(opened), options, memory)
     }
 
     /// Opens or creates a run on any storage. See [`Run::open`].
@@ -163,6 +201,15 @@ impl Run {
 
     /// Opens or creates a run on any storage. See [`Run::open_into`].
     pub fn open_on_into(storage: Arc<dyn Storage>, options: &Options, lend: Lend) -> Result<Run> {
+        Run::open_on_filling(storage, options, &mut Lent::by(lend))
+    }
+
+    /// [`Run::open_on_into`] memory of any kind.
+    pub(crate) fn open_on_filling(
+        storage: Arc<dyn Storage>,
+        options: &Options,
+        memory: &mut dyn Memory,
+    ) -> Result<Run> {
         check_settings(&options.settings)?;
         let directory = Directory::new(storage);
         // Looked at before the lock's file is made: a directory that is not ours stays as it is.
@@ -174,7 +221,7 @@ impl Run {
             Nature::Run(config) => config,
             Nature::Fresh => create(&directory, options)?,
         };
-        Run::resume(directory, config, lock, options, lend)
+        Run::resume(directory, config, lock, options, memory)
     }
 
     /// Finds the newest whole checkpoint and what the journal holds behind it.
@@ -183,10 +230,10 @@ impl Run {
         config: Config,
         lock: Box<dyn Lock>,
         options: &Options,
-        lend: Lend,
+        memory: &mut dyn Memory,
     ) -> Result<Run> {
         let mut survey = store::survey(&directory, &config.id)?;
-        let resumed_from = choose(&mut survey, lend)?;
+        let resumed_from = choose(&mut survey, memory)?;
         let boundary = resumed_from
             .as_ref()
             .map(|checkpoint| (checkpoint.info().step, checkpoint.info().phase));
@@ -659,10 +706,11 @@ fn closed() -> Error {
 }
 
 /// Takes the newest checkpoint of which every byte is as committed; those before it become rejected.
-fn choose(survey: &mut store::Survey, lend: Lend) -> Result<Option<Checkpoint>> {
+fn choose(survey: &mut store::Survey, memory: &mut dyn Memory) -> Result<Option<Checkpoint>> {
     let mut damaged = 0;
     for checkpoint in &survey.whole {
-        match checkpoint.verify_into(lend(checkpoint)?) {
+        memory.make(checkpoint)?;
+        match checkpoint.verify_into(memory.targets()) {
             Ok(()) => break,
             Err(error) if store::is_damage(&error) => {
                 let info = checkpoint.info();
@@ -956,10 +1004,10 @@ pub fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
 pub fn read_checkpoint_into(path: &Path, lend: Lend) -> Result<Checkpoint> {
     if !path.is_dir() {
         let checkpoint = Checkpoint::open(path)?;
-        checkpoint.verify_into(lend(&checkpoint)?)?;
+        checkpoint.verify()?;
         return Ok(checkpoint);
     }
-    newest_whole(path, |survey| choose(survey, lend))
+    newest_whole(path, |survey| choose(survey, &mut Lent::by(lend)))
 }
 
 /// Opens a checkpoint for reading some of its tensors: a manifest's path, or a run directory, of which it takes the

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use crate::digest::Fingerprint;
 use crate::error::{Error, Result};
 use crate::format::value;
+use crate::run::Memory;
 use crate::state::{Tensor, Value};
+use crate::storage::zeros;
 use crate::store::Checkpoint;
 
 /// Something that takes part in a training and has to come back as it was.
@@ -634,6 +636,38 @@ fn cut<'s>(storages: &'s [Lazy<'_>], range: Range<u64>, pieces: &mut Vec<Bytes<'
     Ok(true)
 }
 
+/// The storages of a checkpoint, read once while it was verified, each until somebody takes it.
+#[derive(Default)]
+pub(super) struct Contents {
+    storages: RefCell<Vec<Option<Vec<u8>>>>,
+}
+
+impl Contents {
+    fn take(&self, storage: usize) -> Option<Vec<u8>> {
+        self.storages.borrow_mut().get_mut(storage)?.take()
+    }
+}
+
+impl Memory for Contents {
+    fn make(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.storages.take(); // Before there is more.
+        let refused = |error| Error::io("take memory to read", &checkpoint.info().path, error);
+        let storages = checkpoint.manifest().storages.iter();
+        let made: Result<_> = storages
+            .map(|entry| zeros(entry.length).map(Some).map_err(refused))
+            .collect();
+        self.storages = RefCell::new(made?);
+        Ok(())
+    }
+
+    fn targets(&mut self) -> Vec<(usize, &mut [u8])> {
+        let storages = self.storages.get_mut().iter_mut().enumerate();
+        storages
+            .filter_map(|(index, bytes)| Some((index, bytes.as_mut()?.as_mut_slice())))
+            .collect()
+    }
+}
+
 /// One tensor of a checkpoint, its bytes verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorView {
@@ -648,13 +682,19 @@ pub struct TensorView {
 /// Gives a program's state back.
 pub struct StateReader<'c> {
     checkpoint: &'c Checkpoint,
+    contents: &'c Contents,
     path: String,
     items: &'c [(Value, Value)],
     taken: Vec<bool>,
 }
 
 impl<'c> StateReader<'c> {
-    pub(super) fn new(checkpoint: &'c Checkpoint, path: &str, tree: &'c Value) -> Result<StateReader<'c>> {
+    pub(super) fn new(
+        checkpoint: &'c Checkpoint,
+        contents: &'c Contents,
+        path: &str,
+        tree: &'c Value,
+    ) -> Result<StateReader<'c>> {
         let Value::Dict(items) = tree else {
             return Err(Error::invalid(format!(
                 "`{path}` of the checkpoint holds no named values"
@@ -662,6 +702,7 @@ impl<'c> StateReader<'c> {
         };
         Ok(StateReader {
             checkpoint,
+            contents,
             path: path.to_owned(),
             items,
             taken: vec![false; items.len()],
@@ -767,7 +808,11 @@ impl<'c> StateReader<'c> {
         let Value::Tensor(tensor) = self.value(name)? else {
             return Err(self.wrong(name, "a tensor"));
         };
-        let bytes = self.checkpoint.read(tensor.storage as usize)?;
+        let storage = tensor.storage as usize;
+        let bytes = match self.contents.take(storage) {
+            Some(bytes) => bytes,
+            None => self.checkpoint.read(storage)?, // Taken before.
+        };
         Ok(TensorView {
             dtype: tensor.dtype.clone(),
             shape: tensor.shape.clone(),
@@ -807,7 +852,7 @@ impl<'c> StateReader<'c> {
         read: impl FnOnce(&mut StateReader<'c>) -> Result<T>,
     ) -> Result<T> {
         let value = self.value(name)?;
-        let mut inside = StateReader::new(self.checkpoint, &self.full(name), value)?;
+        let mut inside = StateReader::new(self.checkpoint, self.contents, &self.full(name), value)?;
         let result = read(&mut inside)?;
         inside.finish()?;
         Ok(result)

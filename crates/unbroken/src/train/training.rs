@@ -4,7 +4,7 @@
 //! those of a proof; the registered generators, before each step and at each epoch's end.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use super::loader::{Batch, Loader};
 use super::policy::Policy;
 use super::proving::Instructions;
 use super::source::Reseed;
-use super::state::{Digests, Sizes, StateReader, StateWriter, Stateful, Wanted};
+use super::state::{Contents, Digests, Sizes, StateReader, StateWriter, Stateful, Wanted};
 use super::stop::Stop;
 use crate::digest::{Digest, Fingerprint};
 use crate::error::{Error, Result};
@@ -199,20 +199,29 @@ impl Options {
             self.seed = self.seed.or(proof.seed);
             self.path = proof.place(&self.path);
         }
-        let run = Run::open(
-            &self.path,
-            &run::Options {
-                seed: self.seed,
-                settings: vec![("front".to_owned(), Value::from("rust"))],
-                strict: self.strict,
-                tuning: Tuning {
-                    compression: self.compression,
-                    ..Tuning::default()
-                },
+        self.start_in(proof, state, Run::open_filling)
+    }
+
+    /// Starts in the run that `open` opens, reading its newest checkpoint once.
+    fn start_in(
+        self,
+        proof: Instructions,
+        state: &mut dyn Stateful,
+        open: impl FnOnce(&Path, &run::Options, &mut dyn run::Memory) -> Result<Run>,
+    ) -> Result<Training> {
+        let options = run::Options {
+            seed: self.seed,
+            settings: vec![("front".to_owned(), Value::from("rust"))],
+            strict: self.strict,
+            tuning: Tuning {
+                compression: self.compression,
+                ..Tuning::default()
             },
-        )?;
+        };
+        let mut contents = Contents::default();
+        let run = open(&self.path, &options, &mut contents)?;
         let mut training = Training::new(self, run, proof);
-        training.begin(state)?;
+        training.begin(state, contents)?;
         Ok(training)
     }
 }
@@ -340,7 +349,7 @@ impl Training {
         }
     }
 
-    fn begin(&mut self, state: &mut dyn Stateful) -> Result<()> {
+    fn begin(&mut self, state: &mut dyn Stateful, contents: Contents) -> Result<()> {
         let Some(checkpoint) = self.run.resumed_from().cloned() else {
             self.run.begin()?;
             self.obey_signals()?;
@@ -354,7 +363,8 @@ impl Training {
         self.metrics = checkpoint.info().metrics.iter().cloned().collect();
         self.recorded_identity = checkpoint.info().identity.clone();
         let allowed = self.check_identity(|name| !name.starts_with("loader."))?;
-        self.restore(&checkpoint, state)?;
+        self.restore(&checkpoint, &contents, state)?;
+        drop(contents); // What the program did not take is not needed while it trains.
         for (name, recorded, current) in changed(&checkpoint.info().environment, &self.environment) {
             self.notes.push(format!(
                 "the environment changed: {name} was {recorded}, is {current}; compare what the journal says"
@@ -421,7 +431,7 @@ impl Training {
         Ok(())
     }
 
-    fn restore(&self, checkpoint: &Checkpoint, state: &mut dyn Stateful) -> Result<()> {
+    fn restore(&self, checkpoint: &Checkpoint, contents: &Contents, state: &mut dyn Stateful) -> Result<()> {
         let Some(objects) = checkpoint.tree().get("objects") else {
             let what = "it holds no `objects`".to_owned();
             return Err(Error::Format {
@@ -429,7 +439,7 @@ impl Training {
                 what,
             });
         };
-        let mut reader = StateReader::new(checkpoint, "", objects)?;
+        let mut reader = StateReader::new(checkpoint, contents, "", objects)?;
         state.restore(&mut reader)?;
         reader.finish()
     }
@@ -1017,4 +1027,60 @@ fn cpu_features() -> String {
 #[cfg(not(target_arch = "x86_64"))]
 fn cpu_features() -> String {
     String::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::faulty::FaultyStorage;
+    use crate::storage::memory::MemoryStorage;
+
+    /// Two tensors and a number. The first is asked for twice.
+    #[derive(Debug)]
+    struct Net([f32; 5], Vec<i64>, i64);
+
+    impl Stateful for Net {
+        fn state<'a>(&'a mut self, out: &mut StateWriter<'a>) -> Result<()> {
+            out.tensor("weights", &[5], &self.0)?;
+            out.value("count", self.2)?;
+            out.scope("inside", |out| out.tensor("numbers", &[900], &self.1))
+        }
+
+        fn restore(&mut self, from: &mut StateReader<'_>) -> Result<()> {
+            assert_eq!(from.tensor("weights")?.shape, [5]);
+            from.tensor_into("weights", &[5], &mut self.0)?;
+            self.2 = from.int("count")?;
+            from.scope("inside", |from| from.tensor_into("numbers", &[900], &mut self.1))
+        }
+    }
+
+    #[test]
+    fn a_resume_reads_each_tensor_once() {
+        let memory = Arc::new(FaultyStorage::new(Arc::new(MemoryStorage::new())));
+        let start = |net: &mut Net| {
+            let options = Training::at("memory:").leave_signals_alone();
+            let open = |_: &Path, options: &run::Options, into: &mut dyn run::Memory| {
+                Run::open_on_filling(Arc::clone(&memory) as _, options, into)
+            };
+            options.start_in(Instructions::default(), net, open).unwrap()
+        };
+        let net = || Net([1.5, -0.0, f32::NAN, 3.0, 4.0], (0..900).collect(), 7);
+        drop(start(&mut net()));
+        let reads = || {
+            let operations = memory.operations();
+            memory.heal();
+            operations
+                .iter()
+                .filter(|operation| **operation == "read")
+                .count()
+        };
+        reads();
+        drop(Run::open_on(Arc::clone(&memory) as _, &run::Options::default()).unwrap());
+        let opened = reads();
+        let mut resumed = Net([0.0; 5], vec![0; 900], 0);
+        drop(start(&mut resumed));
+        // Opening read everything; one tensor was asked for again.
+        assert_eq!(reads(), opened + 1);
+        assert_eq!(format!("{resumed:?}"), format!("{:?}", net()));
+    }
 }
