@@ -428,7 +428,9 @@ class Run:
         """What opening found and left alone: foreign checkpoints, journal damage, swept left-overs."""
     def take_notices(self) -> list[str]:
         """Return what was noticed since this was last asked: that a prune could not delete files, and why."""
-    def put_on_trial(self, *, least: int, most: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    def put_on_trial(
+        self, *, least: int, most: int, memory: Lend | None = None
+    ) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Choose recorded steps to be executed again first, and go back to the checkpoint before them.
 
         Legal before `begin`, once. Nothing on disk is changed: the newest checkpoint stays what the next life starts
@@ -437,6 +439,8 @@ class Run:
         Args:
             least: As many steps are wanted; fewer are taken where there are no more.
             most: More steps are not.
+            memory: Where the bytes of the checkpoint that it goes back to go while they are verified. Asked again where
+                that one is damaged, and not at all where the trial starts from the newest.
 
         Returns:
             Boundaries (step, phase) to start from and to compare up to; None, and no step back, where nothing can be

@@ -599,15 +599,26 @@ class Run:
             return
         newest = self._checkpoint
         assert newest is not None, "what changed has changed since a checkpoint"
-        trial = self._core.put_on_trial(least=TRIAL_STEPS, most=TRIAL_STEPS_MOST)
-        if trial is None:
-            return
-        (step, _), until = trial
-        self._trial = _Trial(changes, step + 1, until, newest.info.name)
-        self._checkpoint = self._core.resumed_from
-        assert self._checkpoint is not None, "a trial starts from a checkpoint"
-        self._tree, self._loader = {}, None  # What was read of the newest is not needed.
-        self._read_place(self._checkpoint, self._checkpoint.tree, tensors.Loader(self._checkpoint))
+        staging = tensors.Staging()
+
+        def lend(checkpoint: _core.Checkpoint) -> list[tuple[int, int, int]]:
+            self._tree, self._loader = (
+                {},
+                None,
+            )  # Two states at a time are enough: what is live, and this one.
+            return staging(checkpoint)
+
+        with tensors.uncollected():
+            trial = self._core.put_on_trial(least=TRIAL_STEPS, most=TRIAL_STEPS_MOST, memory=lend)
+        checkpoint = self._checkpoint = self._core.resumed_from
+        assert checkpoint is not None, "a trial starts from a checkpoint"
+        if checkpoint.info.name != newest.info.name:
+            self._read_place(checkpoint, *staging.taken())
+        elif self._loader is None:
+            self._tree, self._loader = newest.tree, tensors.Loader(newest)  # The older ones are damaged.
+        if trial is not None:
+            (step, _), until = trial
+            self._trial = _Trial(changes, step + 1, until, newest.info.name)
 
     def _on_trial(self, phase: int) -> bool:
         """Tell whether this boundary is still one of a trial: what it could save is saved already."""

@@ -4,7 +4,9 @@ The story: a training of 48 steps saves every fourth and is asked to stop at ste
 version of torch, or another source; the journal says whether that makes a difference.
 """
 
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +202,27 @@ def test_without_an_older_checkpoint_the_run_says_that_nothing_was_tried(told: T
     assert len(told.steps()) == 1
     words = told.live(code=0, TORCH="2.16.0", KEEP="1")
     assert "nothing was executed again under it: the numbers may be others from here on" in words
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([12], "steps 17-30 executed again: still exact"),
+        (range(30), "nothing was executed again under it"),
+    ],
+)
+def test_a_trial_starts_from_no_damaged_checkpoint(
+    told: Told, whole: Told, steps: Sequence[int], said: str
+) -> None:
+    # The newest's state is given up for that of an older checkpoint, before that one turns out to be damaged.
+    found = told.steps()
+    for step, path in zip(found, sorted((told.run / "checkpoints").iterdir()), strict=True):
+        if step in steps:
+            for name in re.findall(rb"[0-9a-f]+\.safetensors", path.read_bytes()):
+                pack = told.run / "objects" / name.decode()
+                pack.write_bytes(pack.read_bytes()[:-1] + b"?")
+    assert said in told.live(code=0, TORCH="2.16.0")
+    assert_same(whole, told)
 
 
 def test_retention_during_a_trial_deletes_nothing(told: Told) -> None:

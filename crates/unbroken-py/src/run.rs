@@ -151,11 +151,16 @@ impl Run {
         self.run.take_notices()
     }
 
-    #[pyo3(signature = (*, least, most))]
-    fn put_on_trial(&self, py: Python<'_>, least: u64, most: u64) -> PyResult<Option<(Place, Place)>> {
-        let trial = py
-            .detach(|| self.run.put_on_trial(run::Extent { least, most }))
-            .map_err(|failure| error::raise(py, &failure))?;
+    #[pyo3(signature = (*, least, most, memory = None))]
+    fn put_on_trial(
+        &self,
+        py: Python<'_>,
+        least: u64,
+        most: u64,
+        memory: Option<Py<PyAny>>,
+    ) -> PyResult<Option<(Place, Place)>> {
+        let extent = run::Extent { least, most };
+        let trial = opened_into(py, memory, |lend| self.run.put_on_trial_into(extent, lend))?;
         Ok(trial.map(|trial| (trial.from, trial.until)))
     }
 

@@ -395,6 +395,13 @@ impl Run {
     ///
     /// Where the journal or a checkpoint cannot be read for another reason than damage.
     pub fn put_on_trial(&self, extent: Extent) -> Result<Option<Trial>> {
+        self.put_on_trial_into(extent, &mut |_| Ok(Vec::new()))
+    }
+
+    /// Goes back like [`Run::put_on_trial`]. While it reads every byte of the checkpoint that it goes back to it leaves
+    /// them in memory that it is lent: verified, if it goes back there, and unspecified if not. Where the trial starts
+    /// from the newest checkpoint nothing is read.
+    pub fn put_on_trial_into(&self, extent: Extent, lend: Lend) -> Result<Option<Trial>> {
         if !matches!(&*guard(&self.journal), Pen::Idle) || self.back.get().is_some() {
             return Err(Error::invalid("a trial comes before the run has begun, and once"));
         }
@@ -408,7 +415,7 @@ impl Run {
             if checkpoints[index].name == newest.info().name {
                 return Ok(Some(trial));
             }
-            match self.go_back(&checkpoints[index].name, trial.until.0) {
+            match self.go_back(&checkpoints[index].name, trial.until.0, lend) {
                 Ok(()) => return Ok(Some(trial)),
                 Err(error) if store::is_damage(&error) => drop(checkpoints.remove(index)),
                 Err(error) => return Err(error),
@@ -417,9 +424,9 @@ impl Run {
         Ok(None)
     }
 
-    fn go_back(&self, name: &str, recorded_until: u64) -> Result<()> {
+    fn go_back(&self, name: &str, recorded_until: u64, lend: Lend) -> Result<()> {
         let checkpoint = self.checkpoint(name)?;
-        checkpoint.verify()?;
+        checkpoint.verify_into(lend(&checkpoint)?)?;
         let tail = behind(&self.directory, &self.config.id, checkpoint.info())?;
         guard(&self.store).trust(&checkpoint);
         *guard(&self.recorded) = tail.boundaries;
@@ -1004,7 +1011,7 @@ pub fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
 pub fn read_checkpoint_into(path: &Path, lend: Lend) -> Result<Checkpoint> {
     if !path.is_dir() {
         let checkpoint = Checkpoint::open(path)?;
-        checkpoint.verify()?;
+        checkpoint.verify_into(lend(&checkpoint)?)?;
         return Ok(checkpoint);
     }
     newest_whole(path, |survey| choose(survey, &mut Lent::by(lend)))

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use unbroken::digest::GROUP;
 use unbroken::error::Error;
-use unbroken::run::{Options, Run};
+use unbroken::run::{Extent, Options, Run};
 use unbroken::state::Value;
 use unbroken::storage::memory::MemoryStorage;
 use unbroken::storage::{Claim, DIRECT_ALIGNMENT, Input, Output, Storage};
@@ -230,6 +230,38 @@ fn a_run_that_is_opened_into_memory_reads_every_byte_once() {
         .min();
     let tensors = file.len() as u64 - header.unwrap();
     assert_eq!(storage.packs(), tensors + 2 * (8 + header.unwrap()), "{pack}");
+}
+
+#[test]
+fn a_run_that_goes_back_for_a_trial_reads_every_byte_of_where_it_goes_once() {
+    let memory = run_in_memory(20);
+    let storage = Counting::new(&memory, false);
+    let run = open(&(Arc::new(storage.clone()) as Arc<dyn Storage>)).unwrap();
+    storage.packs();
+    let mut lent: Vec<Vec<u8>> = world::storages(15)
+        .iter()
+        .map(|bytes| vec![0; bytes.len()])
+        .collect();
+    let mut targets = Some(lent.iter_mut().map(Vec::as_mut_slice).enumerate().collect());
+    let extent = Extent { least: 5, most: 50 };
+    let trial = run
+        .put_on_trial_into(extent, &mut |_| {
+            Ok(targets.take().expect("memory is asked for once"))
+        })
+        .unwrap();
+    assert_eq!(trial.map(|trial| trial.from), Some((15, 0)));
+    assert_eq!(lent, world::storages(15));
+    let packs = &run.resumed_from().unwrap().manifest().packs;
+    // Headers, and before them their lengths, are read twice: when it is opened, and before the tensors.
+    let headers: u64 = packs.iter().map(|pack| header_of(&memory, &pack.name)).sum();
+    let tensors: u64 = lent.iter().map(|bytes| bytes.len() as u64).sum();
+    assert_eq!(storage.packs(), tensors + 2 * headers);
+}
+
+/// Bytes of a pack's header and of its length.
+fn header_of(memory: &MemoryStorage, pack: &str) -> u64 {
+    let bytes = &memory.files()[&format!("objects/{pack}")];
+    8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) + 8
 }
 
 #[test]
