@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disks::{Disk, Effort, Found};
-use unbroken::error::{Error, Result};
+use unbroken::error::Error;
 use unbroken::fork::{Sharing, fork};
 use unbroken::format::manifest::Place;
 use unbroken::repair::{Action, repair};
@@ -21,8 +21,8 @@ use unbroken::storage::Storage;
 use unbroken::storage::disk::DiskStorage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::store::{Checkpoint, CheckpointInfo, Retention};
-use world::{components, files_in, leaf, of_tree, open, resumed_step, shared};
+use unbroken::store::Checkpoint;
+use world::{SMALL, Training, components, files_in, leaf, newest_two, resumed_step, shared};
 
 const CHUNK: usize = 8 << 10;
 /// Five chunks and a bit.
@@ -59,41 +59,12 @@ fn tree(step: u64) -> Value {
     ])
 }
 
-fn commit(run: &Run, step: u64) -> Result<CheckpointInfo> {
-    let storages = storages(step);
-    run.commit(of_tree(
-        step,
-        tree(step),
-        storages.iter().map(Vec::as_slice).collect(),
-    ))
-}
-
-fn train(run: &Run, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
-    for step in steps {
-        if step > 0 {
-            run.record(step, 0, 0, step, components(step))?;
-        }
-        commit(run, step)?;
-    }
-    Ok(())
-}
-
-fn exact(checkpoint: &Checkpoint) -> std::result::Result<(), String> {
-    let step = checkpoint.info().step;
-    let expected = storages(step);
-    let mut together: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![1; bytes.len()]).collect();
-    let targets = together.iter_mut().map(Vec::as_mut_slice).enumerate().collect();
-    let told = |error: Error| format!("step {step}: {error}");
-    checkpoint.read_into(targets).map_err(told)?;
-    for (index, bytes) in expected.iter().enumerate() {
-        if &checkpoint.read(index).map_err(told)? != bytes || &together[index] != bytes {
-            return Err(format!("storage {index} of step {step} has other bytes"));
-        }
-    }
-    (checkpoint.tree() == &tree(step))
-        .then_some(())
-        .ok_or_else(|| format!("step {step} has another tree"))
-}
+/// What of it is saved in pieces once it has been saved twice.
+const PIECES: Training = Training {
+    tree,
+    storages,
+    tuning: SMALL,
+};
 
 fn in_pieces(checkpoint: &Checkpoint) -> bool {
     let storages = &checkpoint.manifest().storages;
@@ -102,44 +73,23 @@ fn in_pieces(checkpoint: &Checkpoint) -> bool {
         .all(|storage| matches!(storage.place, Place::Pieces(_)))
 }
 
-/// A run with checkpoints at steps 0 to `last`, closed; the newest ones are in pieces.
-fn run_with(storage: &Arc<dyn Storage>, last: u64) {
-    let run = open(storage).unwrap();
-    run.begin().unwrap();
-    train(&run, 0..=last).unwrap();
-    run.close().unwrap();
-}
-
-fn in_memory(last: u64) -> MemoryStorage {
-    let memory = MemoryStorage::new();
-    run_with(&shared(&memory), last);
-    memory
-}
-
-fn newest_two() -> Retention {
-    Retention {
-        last: Some(2),
-        ..Retention::default()
-    }
-}
-
 #[test]
 fn what_was_saved_in_pieces_is_read_back_whole_in_every_life_and_whatever_else_is_deleted() {
     let memory = MemoryStorage::new();
     let mut pieced = 0;
     for life in 0..6 {
-        let run = open(&shared(&memory)).unwrap();
+        let run = PIECES.open(&shared(&memory)).unwrap();
         assert!(run.warnings().is_empty() && run.rejected().is_empty());
         assert_eq!(resumed_step(&run), (life * 5u64).checked_sub(1));
         run.begin().unwrap();
         for step in life * 5..life * 5 + 5 {
-            train(&run, step..=step).unwrap();
+            PIECES.train(&run, step..=step).unwrap();
             if life > 1 {
                 run.prune(&newest_two(), false).unwrap();
             }
             for info in run.checkpoints() {
                 let checkpoint = run.checkpoint(&info.name).unwrap();
-                exact(&checkpoint).unwrap();
+                PIECES.exact(&checkpoint).unwrap();
                 checkpoint.verify().unwrap();
                 pieced += usize::from(in_pieces(&checkpoint) && info.step == step);
             }
@@ -165,8 +115,8 @@ fn what_was_saved_in_pieces_is_read_back_whole_in_every_life_and_whatever_else_i
 
 #[test]
 fn what_a_checkpoint_in_pieces_added_and_what_it_has_are_told_as_they_are() {
-    let memory = in_memory(4);
-    let run = open(&shared(&memory)).unwrap();
+    let memory = PIECES.in_memory(4);
+    let run = PIECES.open(&shared(&memory)).unwrap();
     let info = run.resumed_from().unwrap().info().clone();
     assert_eq!(info.size_bytes, (2 * TABLE + 600) as u64);
     let packs: u64 = files_in(&memory, "objects")
@@ -186,27 +136,31 @@ fn an_operation_of_a_commit_in_pieces_that_fails_once_costs_that_commit_only() {
         for index in 0.. {
             let memory = MemoryStorage::new();
             let faulty = FaultyStorage::new(shared(&memory));
-            let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+            let run = PIECES
+                .open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>))
+                .unwrap();
             run.begin().unwrap();
-            train(&run, 0..=3).unwrap();
+            PIECES.train(&run, 0..=3).unwrap();
             run.record(4, 0, 0, 4, components(4)).unwrap();
             faulty.fail_at(index, fault);
-            let outcome = commit(&run, 4);
+            let outcome = PIECES.commit(&run, 4);
             let operations = faulty.operations();
             faulty.heal();
             let story = format!("{fault:?} at operation {index} of {operations:?}");
             if outcome.is_err() {
-                let other = open(&shared(&memory.fork())).unwrap();
+                let other = PIECES.open(&shared(&memory.fork())).unwrap();
                 assert_eq!(resumed_step(&other), Some(3), "{story}");
                 assert!(other.rejected().is_empty(), "{story}: {:?}", other.rejected());
-                commit(&run, 4).unwrap_or_else(|error| panic!("{story}: {error}"));
+                PIECES
+                    .commit(&run, 4)
+                    .unwrap_or_else(|error| panic!("{story}: {error}"));
             }
             assert!(files_in(&memory, "tmp").is_empty(), "{story}");
             let memory = memory.after_power_cut(Leftovers::Nothing);
-            let run = open(&shared(&memory)).unwrap();
+            let run = PIECES.open(&shared(&memory)).unwrap();
             let newest = run.resumed_from().unwrap();
             assert_eq!(newest.info().step, 4, "{story}");
-            exact(newest).unwrap();
+            PIECES.exact(newest).unwrap();
             if operations.len() <= index {
                 assert!(outcome.is_ok() && index > 15, "{story}");
                 break;
@@ -223,13 +177,15 @@ fn a_disk_that_gets_full_in_a_commit_in_pieces_is_told_and_the_next_commit_is_in
     for index in 0.. {
         let memory = MemoryStorage::new();
         let faulty = FaultyStorage::new(shared(&memory));
-        let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+        let run = PIECES
+            .open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>))
+            .unwrap();
         run.begin().unwrap();
-        train(&run, 0..=3).unwrap();
+        PIECES.train(&run, 0..=3).unwrap();
         run.record(4, 0, 0, 4, components(4)).unwrap();
         let before = memory.files();
         faulty.fail_at(index, Fault::NoSpace);
-        let outcome = commit(&run, 4);
+        let outcome = PIECES.commit(&run, 4);
         let operations = faulty.operations();
         let story = format!("full at operation {index} of {operations:?}");
         let info = match outcome {
@@ -248,7 +204,7 @@ fn a_disk_that_gets_full_in_a_commit_in_pieces_is_told_and_the_next_commit_is_in
                     "{story}"
                 );
                 // What cannot fit is refused before anything is written.
-                let again = commit(&run, 4).expect_err(&story);
+                let again = PIECES.commit(&run, 4).expect_err(&story);
                 told_of_full_disk(&again, None, &story);
                 let tried = &faulty.operations()[operations.len()..];
                 assert!(
@@ -256,17 +212,23 @@ fn a_disk_that_gets_full_in_a_commit_in_pieces_is_told_and_the_next_commit_is_in
                     "{story}: {tried:?}"
                 );
                 faulty.heal();
-                commit(&run, 4).unwrap_or_else(|error| panic!("{story}: {error}"))
+                PIECES
+                    .commit(&run, 4)
+                    .unwrap_or_else(|error| panic!("{story}: {error}"))
             }
         };
         faulty.heal();
-        train(&run, 5..=5).unwrap_or_else(|error| panic!("{story}: {error}"));
+        PIECES
+            .train(&run, 5..=5)
+            .unwrap_or_else(|error| panic!("{story}: {error}"));
         assert!(files_in(&memory, "tmp").is_empty(), "{story}");
         for (name, bytes) in objects_and_manifests(&before) {
             assert_eq!(memory.files().get(name), Some(bytes), "{story}: {name}");
         }
         // Also after a power cut: no sync was taken for done that was not.
-        let run = open(&shared(&memory.after_power_cut(Leftovers::Nothing))).unwrap();
+        let run = PIECES
+            .open(&shared(&memory.after_power_cut(Leftovers::Nothing)))
+            .unwrap();
         assert!(run.rejected().is_empty() && run.warnings().is_empty(), "{story}");
         let checkpoints = run.checkpoints();
         let steps: Vec<u64> = checkpoints.iter().map(|info| info.step).collect();
@@ -274,7 +236,9 @@ fn a_disk_that_gets_full_in_a_commit_in_pieces_is_told_and_the_next_commit_is_in
         assert_eq!(checkpoints[4].name, info.name, "{story}");
         for info in &checkpoints {
             let checkpoint = run.checkpoint(&info.name).unwrap();
-            exact(&checkpoint).unwrap_or_else(|why| panic!("{story}: {why}"));
+            PIECES
+                .exact(&checkpoint)
+                .unwrap_or_else(|why| panic!("{story}: {why}"));
             assert!(
                 in_pieces(&checkpoint) || info.step < 4,
                 "{story}: step {}",
@@ -329,40 +293,16 @@ fn told_of_full_disk(error: &Error, operation: Option<&str>, story: &str) {
     );
 }
 
-/// What must hold of any disk: it opens, and everything that it offers is whole; nothing acknowledged is missing.
-fn check(disk: &MemoryStorage, acknowledged: &Option<u64>) -> std::result::Result<(), String> {
-    let run = open(&shared(disk)).map_err(|error| error.to_string())?;
-    if let Some((name, why)) = run.rejected().first() {
-        return Err(format!("{name} is offered and not whole: {why}"));
-    }
-    let step = resumed_step(&run);
-    if step < *acknowledged {
-        return Err(format!(
-            "resumed from {step:?}, {acknowledged:?} was acknowledged"
-        ));
-    }
-    for info in run.checkpoints() {
-        exact(&run.checkpoint(&info.name).map_err(|error| error.to_string())?)?;
-    }
-    run.begin().map_err(|error| error.to_string())?;
-    let next = step.map_or(0, |step| step + 1);
-    train(&run, next..=next).map_err(|error| error.to_string())?;
-    exact(
-        &run.checkpoint(&run.checkpoints().last().expect("one was just made").name)
-            .expect("and is there"),
-    )
-}
-
 #[test]
 fn a_power_cut_at_any_instant_of_saves_in_pieces_and_prunes_leaves_what_was_acknowledged() {
-    let memory = in_memory(4);
+    let memory = PIECES.in_memory(4);
     let base = Disk::of(&memory);
     memory.record();
-    let run = open(&shared(&memory)).unwrap();
+    let run = PIECES.open(&shared(&memory)).unwrap();
     run.begin().unwrap();
     let mut acknowledged = vec![(0, 4)];
     for step in 5..=5 {
-        train(&run, step..=step).unwrap();
+        PIECES.train(&run, step..=step).unwrap();
         acknowledged.push((memory.history().len(), step));
         run.prune(&newest_two(), false).unwrap();
     }
@@ -378,6 +318,7 @@ fn a_power_cut_at_any_instant_of_saves_in_pieces_and_prunes_leaves_what_was_ackn
         before.map(|(_, step)| *step)
     };
     let mut found = Found::default();
+    let check = |disk: &MemoryStorage, acknowledged: &Option<u64>| PIECES.check(disk, acknowledged);
     found.explore(&base, &memory.history(), 0, effort, demands, check);
     println!("{} different disks were opened", found.states);
     let violations = &found.violations;
@@ -393,8 +334,8 @@ fn a_power_cut_at_any_instant_of_saves_in_pieces_and_prunes_leaves_what_was_ackn
 
 #[test]
 fn damage_anywhere_in_a_checkpoint_in_pieces_is_found_and_named_by_file_and_leaf() {
-    let memory = in_memory(6);
-    let run = open(&shared(&memory)).unwrap();
+    let memory = PIECES.in_memory(6);
+    let run = PIECES.open(&shared(&memory)).unwrap();
     let name = run.resumed_from().unwrap().info().name.clone();
     let checkpoint = run.checkpoint(&name).unwrap();
     drop(run);
@@ -442,7 +383,7 @@ fn damage_anywhere_in_a_checkpoint_in_pieces_is_found_and_named_by_file_and_leaf
 fn on_disk(place: &Path, last: u64) -> PathBuf {
     let path = place.join("a");
     fs::create_dir_all(&path).unwrap();
-    run_with(
+    PIECES.run_with(
         &(Arc::new(DiskStorage::open(&path).unwrap()) as Arc<dyn Storage>),
         last,
     );
@@ -452,7 +393,7 @@ fn on_disk(place: &Path, last: u64) -> PathBuf {
 fn resumed(path: &Path) -> u64 {
     let run = Run::open(path, &Options::default()).unwrap();
     let checkpoint = run.resumed_from().unwrap();
-    exact(checkpoint).unwrap();
+    PIECES.exact(checkpoint).unwrap();
     checkpoint.info().step
 }
 
