@@ -10,7 +10,14 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("step_cost.py", "resume_time.py", "checkpoint.py", "load.py", "compression.py"):
+    for name in (
+        "step_cost.py",
+        "resume_time.py",
+        "checkpoint.py",
+        "continuous.py",
+        "load.py",
+        "compression.py",
+    ):
         print(f"== {name}", flush=True)
         code = subprocess.run([sys.executable, str(HERE / name)], env=environment, check=False).returncode
         if code != 0:
