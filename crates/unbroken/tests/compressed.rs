@@ -23,7 +23,9 @@ use unbroken::storage::disk::DiskStorage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::{Checkpoint, Compression, Tuning};
-use world::{SMALL, Training, components, files_in, leaf, newest_two, resumed_step, shared};
+use world::{
+    SMALL, Training, components, damage_each_pack, files_in, leaf, newest_two, resumed_step, shared,
+};
 
 /// Numbers of a leaf: few enough to try everything with.
 const COUNT: usize = 1500;
@@ -400,36 +402,7 @@ fn damage_anywhere_in_compressed_packs_is_found_and_named_by_file_and_leaf() {
     let run = DIFFERENCES.open(&shared(&memory)).unwrap();
     let checkpoint = newest(&run);
     drop(run);
-    let (mut found, mut unused) = (0, 0);
-    for (number, pack) in checkpoint.manifest().packs.iter().enumerate() {
-        let file = format!("objects/{}", pack.name);
-        let bytes = memory.files()[&file].clone();
-        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
-        for at in (header..pack.length).step_by(17) {
-            let mut damaged = bytes.clone();
-            damaged[at as usize] ^= 1 << (at % 8);
-            memory.put(&file, damaged);
-            let hit = checkpoint.manifest().storages.iter().position(|entry| {
-                let mut places = entry.place.pieces(entry.length).into_iter();
-                places.any(|(pack, offset, length)| {
-                    pack as usize == number && (offset..offset + length).contains(&at)
-                })
-            });
-            match (hit, checkpoint.verify()) {
-                (None, Ok(())) => unused += 1,
-                (Some(index), Err(Error::Damaged { path, part, .. })) => {
-                    let story = format!("byte {at} of {file}");
-                    assert!(path.ends_with(&pack.name), "{story}: {}", path.display());
-                    assert_eq!(part, NAMES[index], "{story}");
-                    assert!(checkpoint.read(index).is_err(), "{story}");
-                    found += 1;
-                }
-                (hit, outcome) => panic!("byte {at} of {file}: {hit:?}, {outcome:?}"),
-            }
-        }
-        memory.put(&file, bytes);
-    }
-    checkpoint.verify().unwrap();
+    let (found, unused) = damage_each_pack(&memory, &checkpoint, 17, &NAMES);
     assert!(found > 500 && unused > 20, "{found}, {unused}");
 }
 

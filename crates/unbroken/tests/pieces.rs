@@ -22,7 +22,9 @@ use unbroken::storage::disk::DiskStorage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
 use unbroken::store::Checkpoint;
-use world::{SMALL, Training, components, files_in, leaf, newest_two, resumed_step, shared};
+use world::{
+    SMALL, Training, components, damage_each_pack, files_in, leaf, newest_two, resumed_step, shared,
+};
 
 const CHUNK: usize = 8 << 10;
 /// Five chunks and a bit.
@@ -339,41 +341,8 @@ fn damage_anywhere_in_a_checkpoint_in_pieces_is_found_and_named_by_file_and_leaf
     let name = run.resumed_from().unwrap().info().name.clone();
     let checkpoint = run.checkpoint(&name).unwrap();
     drop(run);
-    let names = ["embedding", "moment", "model"];
-    let (mut found, mut unused, mut sources) = (0, 0, 0);
-    for (number, pack) in checkpoint.manifest().packs.iter().enumerate() {
-        let file = format!("objects/{}", pack.name);
-        let bytes = memory.files()[&file].clone();
-        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
-        sources += 1;
-        for at in (header..pack.length).step_by(509) {
-            let mut damaged = bytes.clone();
-            damaged[at as usize] ^= 4;
-            memory.put(&file, damaged);
-            let hit = checkpoint.manifest().storages.iter().position(|entry| {
-                let mut places = entry.place.pieces(entry.length).into_iter();
-                places.any(|(pack, offset, length)| {
-                    pack as usize == number && (offset..offset + length).contains(&at)
-                })
-            });
-            match (hit, checkpoint.verify()) {
-                (None, Ok(())) => unused += 1,
-                (Some(index), Err(Error::Damaged { path, part, .. })) => {
-                    assert!(
-                        path.ends_with(&pack.name),
-                        "byte {at} of {file}: {}",
-                        path.display()
-                    );
-                    assert_eq!(part, names[index], "byte {at} of {file}");
-                    assert!(checkpoint.read(index).is_err());
-                    found += 1;
-                }
-                (hit, outcome) => panic!("byte {at} of {file}: {hit:?}, {outcome:?}"),
-            }
-        }
-        memory.put(&file, bytes);
-    }
-    checkpoint.verify().unwrap();
+    let (found, unused) = damage_each_pack(&memory, &checkpoint, 509, &["embedding", "moment", "model"]);
+    let sources = checkpoint.manifest().packs.len();
     assert!(
         found > 150 && unused > 20 && sources > 4,
         "{found}, {unused}, {sources}"

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use unbroken::digest::GROUP;
-use unbroken::error::Result;
+use unbroken::error::{Error, Result};
 use unbroken::format::journal::Component;
 use unbroken::run::{Options, Run};
 use unbroken::state::{Tensor, Value};
@@ -144,7 +144,7 @@ impl Training {
         let expected = (self.storages)(step);
         let mut together: Vec<Vec<u8>> = expected.iter().map(|bytes| vec![1; bytes.len()]).collect();
         let targets = together.iter_mut().map(Vec::as_mut_slice).enumerate().collect();
-        let told = |error: unbroken::error::Error| format!("step {step}: {error}");
+        let told = |error: Error| format!("step {step}: {error}");
         checkpoint.read_into(targets).map_err(told)?;
         for (index, bytes) in expected.iter().enumerate() {
             if &checkpoint.read(index).map_err(told)? != bytes || &together[index] != bytes {
@@ -159,7 +159,7 @@ impl Training {
     /// What must hold of any disk: it opens, everything that it offers is whole, nothing acknowledged is missing, and
     /// the training goes on.
     pub fn check(&self, disk: &MemoryStorage, acknowledged: &Option<u64>) -> std::result::Result<(), String> {
-        let told = |error: unbroken::error::Error| error.to_string();
+        let told = |error: Error| error.to_string();
         let run = self.open(&shared(disk)).map_err(told)?;
         if let Some((name, why)) = run.rejected().first() {
             return Err(format!("{name} is offered and not whole: {why}"));
@@ -299,4 +299,45 @@ pub fn files_in(memory: &MemoryStorage, dir: &str) -> BTreeMap<String, Vec<u8>> 
     let inside =
         |(name, bytes): (String, Vec<u8>)| Some((name.strip_prefix(&format!("{dir}/"))?.to_owned(), bytes));
     memory.files().into_iter().filter_map(inside).collect()
+}
+
+/// Flips a bit of every `stride`-th byte of a checkpoint's packs, one at a time. Where the checkpoint needs the byte, that
+/// is found and named by file and leaf (`names` by storage), and where not, it is whole. Returns how often either was so.
+pub fn damage_each_pack(
+    memory: &MemoryStorage,
+    checkpoint: &Checkpoint,
+    stride: usize,
+    names: &[&str],
+) -> (usize, usize) {
+    let (mut found, mut unused) = (0, 0);
+    for (number, pack) in checkpoint.manifest().packs.iter().enumerate() {
+        let file = format!("objects/{}", pack.name);
+        let bytes = memory.files()[&file].clone();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
+        for at in (header..pack.length).step_by(stride) {
+            let mut damaged = bytes.clone();
+            damaged[at as usize] ^= 1 << (at % 8);
+            memory.put(&file, damaged);
+            let hit = checkpoint.manifest().storages.iter().position(|entry| {
+                let mut places = entry.place.pieces(entry.length).into_iter();
+                places.any(|(pack, offset, length)| {
+                    pack as usize == number && (offset..offset + length).contains(&at)
+                })
+            });
+            let story = format!("byte {at} of {file}");
+            match (hit, checkpoint.verify()) {
+                (None, Ok(())) => unused += 1,
+                (Some(index), Err(Error::Damaged { path, part, .. })) => {
+                    assert!(path.ends_with(&pack.name), "{story}: {}", path.display());
+                    assert_eq!(part, names[index], "{story}");
+                    assert!(checkpoint.read(index).is_err(), "{story}");
+                    found += 1;
+                }
+                (hit, outcome) => panic!("{story}: {hit:?}, {outcome:?}"),
+            }
+        }
+        memory.put(&file, bytes);
+    }
+    checkpoint.verify().unwrap();
+    (found, unused)
 }
