@@ -409,30 +409,18 @@ fn a_sweep(at: usize, forgets: Forgets, found: &mut Found) -> bool {
     pruned.is_err()
 }
 
-fn assert_none(found: &Found, least: usize) {
-    println!("{} different disks were opened", found.states);
-    assert!(
-        found.violations.is_empty(),
-        "{} of {} disks are not as they must be, such as:\n{}",
-        found.violations.len(),
-        found.states,
-        found.violations[0]
-    );
-    assert!(found.states >= least, "only {} disks were opened", found.states);
-}
-
 #[test]
 fn a_power_cut_at_any_instant_of_a_runs_beginning_leaves_nothing_or_what_was_acknowledged() {
     let mut found = Found::default();
     new_run(if long() { 3 } else { 1 }, Forgets::Nothing).explore(&mut found);
-    assert_none(&found, 1000);
+    found.assert_none(1000);
 }
 
 #[test]
 fn a_power_cut_at_any_instant_of_a_save_leaves_the_newest_acknowledged_checkpoint() {
     let mut found = Found::default();
     two_saves(Forgets::Nothing, None).0.explore(&mut found);
-    assert_none(&found, 600);
+    found.assert_none(600);
     assert_eq!(found.drawn, 0, "every disk was built");
 }
 
@@ -441,7 +429,7 @@ fn a_power_cut_at_any_instant_of_a_save_over_a_deleted_packs_file_leaves_the_new
 {
     let mut found = Found::default();
     a_save_over_a_deleted_pack().explore(&mut found);
-    assert_none(&found, 1000);
+    found.assert_none(1000);
 }
 
 #[test]
@@ -457,14 +445,14 @@ fn a_power_cut_after_a_save_that_failed_leaves_the_newest_acknowledged_checkpoin
             told.explore(&mut found);
         }
     }
-    assert_none(&found, 2000);
+    found.assert_none(2000);
 }
 
 #[test]
 fn a_power_cut_at_any_instant_of_a_prune_leaves_what_the_policy_keeps() {
     let mut found = Found::default();
     a_prune(Forgets::Nothing, &mut found);
-    assert_none(&found, 25);
+    found.assert_none(25);
     assert_eq!(found.drawn, 0, "every disk was built");
 }
 
@@ -475,7 +463,7 @@ fn a_power_cut_in_the_sweep_after_a_prune_that_was_killed_leaves_what_the_policy
         .take_while(|at| a_sweep(*at, Forgets::Nothing, &mut found))
         .count();
     assert!(kills > 10, "only {kills} operations were tried");
-    assert_none(&found, 100);
+    found.assert_none(100);
 }
 
 #[test]

@@ -346,6 +346,19 @@ pub struct Found {
 }
 
 impl Found {
+    /// Asserts that every disk was as it must be, and that so many were opened at least.
+    pub fn assert_none(&self, least: usize) {
+        println!("{} different disks were opened", self.states);
+        assert!(
+            self.violations.is_empty(),
+            "{} of {} disks are not as they must be, such as:\n{}",
+            self.violations.len(),
+            self.states,
+            self.violations[0]
+        );
+        assert!(self.states >= least, "only {} disks were opened", self.states);
+    }
+
     /// Opens every disk that a power cut may leave of `history` on `base`, from its `first` operation on.
     ///
     /// `check` is given the disk and how many operations had been done; what it demands may depend on nothing of that
