@@ -602,10 +602,8 @@ class Run:
         staging = tensors.Staging()
 
         def lend(checkpoint: _core.Checkpoint) -> list[tuple[int, int, int]]:
-            self._tree, self._loader = (
-                {},
-                None,
-            )  # Two states at a time are enough: what is live, and this one.
+            # Two states at a time are enough: what is live, and this one.
+            self._tree, self._loader = {}, None
             return staging(checkpoint)
 
         with tensors.uncollected():
