@@ -6,6 +6,7 @@
 //! Bytes are read once where that is enough: a storage that changed up to the last commit, and of which a sample shows
 //! that it changed since, is taken for new and digested while it is written. Others are digested first, so that what is on
 //! disk already is not written again; of a large one that changed in few places, only those are.
+//! Where that was asked for, what is new and changes all over is compressed before it is written.
 
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
