@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from unbroken import _core
-from unbroken.torch import snapshot
+from unbroken.torch import snapshot, tensors
 
 
 class Memory:
@@ -45,7 +45,12 @@ def restore(objects: Mapping[str, object], memory: Memory, **more: Any) -> None:
 
 
 def plan(objects: Mapping[str, object], memory: Memory, **more: Any) -> snapshot.RestorePlan:
-    return snapshot.plan_restore(objects, memory.tree, cast("_core.Checkpoint", memory), **more)
+    """Plan a restore as a run does: what is copied into live tensors was read into memory that is not torch's."""
+    checkpoint = cast("_core.Checkpoint", memory)
+    staging = tensors.Staging(lambda tree: snapshot.copied_leaves({"objects": tree}))
+    memory.read_into(staging(checkpoint))
+    tree, loader = staging.taken()
+    return snapshot.plan_restore(objects, tree, checkpoint, loader=loader, **more)
 
 
 def assert_resumes_exactly(

@@ -319,6 +319,22 @@ def test_scratch_memory_is_aligned_as_torchs_own() -> None:
         assert loader.tensor(leaf, path="v").data_ptr() % tensors.ALIGNMENT_BYTES == 0
 
 
+def test_what_was_read_to_be_copied_can_be_had_as_a_tensor_all_the_same() -> None:
+    objects = {"model": nn.Linear(300, 7)}
+    memory = save(objects)
+    staging = tensors.Staging(lambda tree: snapshot.copied_leaves({"objects": tree}))
+    memory.read_into(staging(cast("_core.Checkpoint", memory)))
+    tree, loader = staging.taken()
+    leaf, live = tree["model"]["parameters"]["weight"], objects["model"].weight
+    source = loader.source_of(leaf, live)
+    made = loader.tensor(leaf, path="weight")
+    assert source is not None
+    assert source[0] != made.data_ptr(), "what torch frees and resizes is its own"
+    assert made.data_ptr() % tensors.ALIGNMENT_BYTES == 0
+    assert bits(made) == bits(live)
+    assert loader.tensor(leaf, path="weight").data_ptr() == made.data_ptr(), "tensors of one storage share it"
+
+
 # Other programs, and no pickle (O13).
 
 

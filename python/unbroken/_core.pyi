@@ -74,6 +74,18 @@ def copy_memory(copies: Sequence[tuple[int, int, int]]) -> None:
     The caller keeps it alive and untouched. No two copies go to the same memory, and none comes from where one goes.
     """
 
+@final
+class Memory:
+    """Memory for bytes that are copied from there to where they belong; given back in the background.
+
+    Raises:
+        MemoryError: There is none.
+    """
+
+    def __init__(self, length: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+
 def digest_bytes(*parts: bytes) -> bytes:
     """Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length."""
 

@@ -231,7 +231,7 @@ class Run:
         self._objects: dict[str, Any] = {}
         self.track(**objects)
 
-        staging = tensors.Staging()
+        staging = tensors.Staging(snapshot.copied_leaves)
         with tensors.uncollected():
             self._core = _core.Run.open(
                 self.path,
@@ -599,7 +599,7 @@ class Run:
             return
         newest = self._checkpoint
         assert newest is not None, "what changed has changed since a checkpoint"
-        staging = tensors.Staging()
+        staging = tensors.Staging(snapshot.copied_leaves)
 
         def lend(checkpoint: _core.Checkpoint) -> list[tuple[int, int, int]]:
             # Two states at a time are enough: what is live, and this one.

@@ -46,7 +46,7 @@ mod module {
     #[pymodule_export]
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
-    use crate::memory::{copy_memory, digest_bytes, digest_memory};
+    use crate::memory::{Memory, copy_memory, digest_bytes, digest_memory};
     #[pymodule_export]
     use crate::run::{Difference, Run, open_checkpoint, read_checkpoint, read_journal};
     #[pymodule_export]

@@ -5,9 +5,11 @@
 use std::ptr;
 use std::slice;
 
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
-use unbroken::{Fingerprint, arena};
+use unbroken::Fingerprint;
+use unbroken::arena::{self, Arena};
 
 use crate::error;
 
@@ -114,6 +116,34 @@ pub(crate) fn copy_memory(py: Python<'_>, copies: &Bound<'_, PyAny>) -> PyResult
         .collect();
     py.detach(|| arena::copy_all(pairs));
     Ok(())
+}
+
+/// Memory for bytes that are copied to where they belong. Given back in the background.
+#[pyclass(frozen, module = "unbroken._core")]
+pub(crate) struct Memory(Option<Arena>);
+
+#[pymethods]
+impl Memory {
+    #[new]
+    fn new(length: usize) -> PyResult<Self> {
+        let refused = |error| PyMemoryError::new_err(format!("{length} bytes: {error}"));
+        Ok(Memory(Some(Arena::ordinary(length).map_err(refused)?)))
+    }
+
+    #[getter]
+    fn address(&self) -> usize {
+        self.0
+            .as_ref()
+            .map_or(0, |arena| arena.address().expose_provenance())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(arena) = self.0.take() {
+            arena.give_back();
+        }
+    }
 }
 
 /// Return one xxh3-128 digest (16 bytes) over byte strings, each preceded by its length.

@@ -34,12 +34,23 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// Maps at least `length` bytes.
+    /// Maps at least `length` bytes, on huge pages where there are any.
     ///
     /// # Errors
     ///
     /// Those of the operating system where there is no such address space.
     pub fn new(length: usize) -> io::Result<Arena> {
+        let arena = Arena::ordinary(length)?;
+        arena.ask_for_huge_pages();
+        Ok(arena)
+    }
+
+    /// Maps at least `length` bytes on pages as the system gives them: for what is filled once and given back.
+    ///
+    /// # Errors
+    ///
+    /// Those of the operating system where there is no such address space.
+    pub fn ordinary(length: usize) -> io::Result<Arena> {
         let too_long = || io::Error::from(io::ErrorKind::OutOfMemory);
         let length = length
             .max(1)
@@ -53,19 +64,28 @@ impl Arena {
         let mapping = NonNull::new(mapping.cast::<u8>()).expect("a mapping is not at address 0");
         // SAFETY: the mapping is one huge page longer than what is used of it.
         let start = unsafe { mapping.add(mapping.align_offset(HUGE)) };
-        let arena = Arena {
+        Ok(Arena {
             mapping,
             mapped,
             start,
             length,
-        };
+        })
+    }
+
+    fn ask_for_huge_pages(&self) {
         #[cfg(target_os = "linux")]
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
             // Only advice: without huge pages everything works, at half the speed.
             // SAFETY: neither changes what this process reads there; a fork never looks at it.
-            let _ = unsafe { rustix::mm::madvise(start.as_ptr().cast(), length, advice) };
+            let _ = unsafe { rustix::mm::madvise(self.start.as_ptr().cast(), self.length, advice) };
         }
-        Ok(arena)
+    }
+
+    /// Gives the memory back while the caller goes on: taking its pages from the process takes as long as a copy.
+    pub fn give_back(self) {
+        let thread = std::thread::Builder::new().name("unbroken-free".to_owned());
+        // Where there is no thread, it is given back here.
+        let _ = thread.spawn(move || drop(self));
     }
 
     /// How many bytes it has.
@@ -180,5 +200,26 @@ mod tests {
         arena.bytes_mut().fill(7);
         assert!(arena.bytes().iter().all(|&byte| byte == 7));
         assert!(Arena::new(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn an_arena_that_is_given_back_is_unmapped() {
+        let mut arena = Arena::ordinary(64 << 20).unwrap();
+        arena.bytes_mut().fill(7);
+        let (start, length) = (arena.start.addr().get(), arena.len());
+        arena.give_back();
+        // Nobody says when: the kernel is asked until nothing is mapped there any more.
+        let is_mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+            maps.lines().any(|line| {
+                let (first, rest) = line.split_once('-').expect("a range");
+                let last = rest.split(' ').next().expect("its end");
+                let parse = |text| usize::from_str_radix(text, 16).expect("an address");
+                parse(first) < start + length && parse(last) > start
+            })
+        };
+        while is_mapped() {
+            std::thread::yield_now();
+        }
     }
 }

@@ -727,7 +727,7 @@ class Restorer:
             and not is_lazy(live)
             and not live.is_quantized
             and tensors.same_layout(live, leaf)
-            and live.device.type == torch.device(leaf.device).type
+            and live.device.type == _device_called(leaf.device).type
             and (fixed or _same_class(live, leaf))
         )
         placement = _Placement(live if usable else None, leaf, path, fixed=fixed and usable)
@@ -769,7 +769,7 @@ class Restorer:
         return install
 
     def _device(self, leaf: Leaf, path: str) -> torch.device:
-        device = torch.device(leaf.device)
+        device = _device_called(leaf.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             self.differs(dotted(path), f"on {leaf.device}", "no such device")
             return torch.device("cpu")
@@ -859,6 +859,10 @@ class Restorer:
             shifted = [other for other in was if other.delta() != was[0].delta()]
             if partners or shifted:
                 self.differs(dotted(item.path), _tied(was), _tied(now))
+
+
+# Thousands of leaves are on one or two devices.
+_device_called = functools.cache(torch.device)
 
 
 def _tied(group: list[_Placement]) -> str:

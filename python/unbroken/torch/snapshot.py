@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,14 @@ def plan_restore(
             hint="make the program build what the checkpoint holds, or start a run in another directory",
         )
     return plan
+
+
+def copied_leaves(tree: Value) -> Iterator[Leaf]:
+    """Yield the leaves of a run's tree whose live tensors exist before anything is restored, mostly: parameters."""
+    objects = tree.get("objects") if isinstance(tree, dict) else None
+    for item in objects.values() if isinstance(objects, dict) else ():
+        if isinstance(item, dict) and item.get("kind") in ("module", "tensor"):
+            yield from tensors.leaves(item)
 
 
 def _overrides(

@@ -402,12 +402,19 @@ class Loader:
         self._checkpoint = checkpoint
         self._lengths = [length for length, _ in checkpoint.storages] if lengths is None else lengths
         self._memory: dict[int, torch.Tensor] = {}
+        # Storages that are only copied from, and where they begin in memory that is not torch's.
+        self._staged: dict[int, int] = {}
+        self._stage: _core.Memory | None = None
         # Storages whose memory was made as the one tensor that it is, and that tensor's look.
         self._looks: dict[int, _Look] = {}
         self._devices: dict[tuple[int, str], torch.UntypedStorage] = {}
 
-    def lend(self, tree: Value) -> list[tuple[int, int, int]]:
+    def lend(self, tree: Value, *, copied: Iterable[Leaf] = ()) -> list[tuple[int, int, int]]:
         """Make memory for all storages that a tree refers to, for somebody else to fill with verified bytes.
+
+        Args:
+            tree: What is needed.
+            copied: Leaves of which live tensors have memory already: their bytes need none that torch can own.
 
         Returns:
             (storage, address, length in bytes) of what is not here yet.
@@ -415,14 +422,13 @@ class Loader:
         Raises:
             FormatError: A leaf refers to a storage that is not there.
         """
-        return self._lend({leaf.storage: leaf for leaf in leaves(tree)})
+        targets = self._lend_stage({leaf.storage for leaf in copied if _is_plain(leaf)})
+        return targets + self._lend({leaf.storage: leaf for leaf in leaves(tree)})
 
     def _lend(self, wanted: dict[int, Leaf | None]) -> list[tuple[int, int, int]]:
         targets = []
-        for index in sorted(index for index in wanted if index not in self._memory):
-            if index >= len(self._lengths):
-                raise FormatError(f"a leaf refers to storage {index} of {len(self._lengths)}")
-            length = self._lengths[index]
+        for index in sorted(index for index in wanted if not self._has(index)):
+            length = self._length(index)
             look = _Look.of(wanted[index], length)
             if look is None:
                 memory = torch.empty(length, dtype=torch.uint8)
@@ -433,6 +439,38 @@ class Loader:
             if length:
                 targets.append((index, memory.data_ptr(), length))
         return targets
+
+    def _has(self, index: int) -> bool:
+        return index in self._memory or index in self._staged
+
+    def _lend_stage(self, wanted: set[int]) -> list[tuple[int, int, int]]:
+        spans, end = [], 0
+        for index in sorted(wanted):
+            length = self._length(index)
+            spans.append((index, end, length))
+            end += -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if not end:
+            return []
+        self._stage = _core.Memory(end)
+        start = self._stage.address
+        self._staged = {index: start + offset for index, offset, _ in spans}
+        return [(index, start + offset, length) for index, offset, length in spans if length]
+
+    def _length(self, index: int) -> int:
+        if index >= len(self._lengths):
+            raise FormatError(f"a leaf refers to storage {index} of {len(self._lengths)}")
+        return self._lengths[index]
+
+    def _address(self, index: int) -> int:
+        staged = self._staged.get(index)
+        return self._memory[index].data_ptr() if staged is None else staged
+
+    def _own(self, index: int) -> torch.Tensor:
+        """Return a storage's memory as torch's own."""
+        if index not in self._memory:
+            memory = self._memory[index] = torch.empty(self._lengths[index], dtype=torch.uint8)
+            _core.copy_memory([(self._staged[index], memory.data_ptr(), self._lengths[index])])
+        return self._memory[index]
 
     def prepare(self, tree: Value) -> None:
         """Read all storages that a tree refers to and that are not here yet, in one go.
@@ -459,7 +497,7 @@ class Loader:
         other = Loader(self._checkpoint, self._lengths)
         copies = other.lend(tree)
         # As bytes: torch's own copy of a bool makes it 0 or 1.
-        _core.copy_memory([(self._memory[index].data_ptr(), to, length) for index, to, length in copies])
+        _core.copy_memory([(self._address(index), to, length) for index, to, length in copies])
         return other
 
     def source_of(self, leaf: Leaf, live: torch.Tensor) -> tuple[int, int, int] | None:
@@ -485,7 +523,7 @@ class Loader:
         start, length = leaf.offset * live.element_size(), live.numel() * live.element_size()
         if start + length > self._lengths[leaf.storage]:
             return None
-        return self._memory[leaf.storage].data_ptr() + start, live.data_ptr(), length
+        return self._address(leaf.storage) + start, live.data_ptr(), length
 
     def bytes_of(self, leaf: Leaf) -> bytes:
         """Return a dense uint8 leaf's bytes."""
@@ -534,12 +572,12 @@ class Loader:
         return made.conj() if attrs.get("conj") else _neg_view(made) if attrs.get("neg") else made
 
     def _storage(self, index: int, device: torch.device) -> torch.UntypedStorage:
-        host = self._memory[index].untyped_storage()
+        host = self._own(index)
         if device.type == "cpu":
-            return host
+            return host.untyped_storage()
         key = (index, str(device))
         if key not in self._devices:
-            self._devices[key] = self._memory[index].to(device).untyped_storage()
+            self._devices[key] = host.to(device).untyped_storage()
         return self._devices[key]
 
 
@@ -559,9 +597,14 @@ def uncollected() -> Iterator[None]:
 
 
 class Staging:
-    """Memory for the checkpoint that is opened: its bytes are left there while they are verified, and read once."""
+    """Memory for the checkpoint that is opened: its bytes are left there while they are verified, and read once.
 
-    def __init__(self) -> None:
+    Args:
+        copied: Returns the leaves of a tree that live tensors are the copies of.
+    """
+
+    def __init__(self, copied: Callable[[Value], Iterable[Leaf]] = lambda tree: ()) -> None:
+        self._copied = copied
         self._tree: Value = None
         self._loader: Loader | None = None
 
@@ -570,7 +613,7 @@ class Staging:
         self._loader = None
         self._tree = checkpoint.tree
         self._loader = Loader(checkpoint)
-        return self._loader.lend(self._tree)
+        return self._loader.lend(self._tree, copied=self._copied(self._tree))
 
     def taken(self) -> tuple[Value, Loader]:
         """Return the tree of the checkpoint that was opened, and the loader that has its bytes."""
@@ -582,6 +625,11 @@ _SPECIAL = frozenset({"quantizer", "conj", "neg", "strides"})
 """Attributes of leaves whose elements are not simply those of their storage."""
 
 _CHANNELS_LAST = torch.channels_last
+
+
+def _is_plain(leaf: Leaf) -> bool:
+    """Tell whether a leaf's bytes may be copied to a live tensor as they are."""
+    return leaf.device == "cpu" and leaf.dtype in _PLAIN and _SPECIAL.isdisjoint(leaf.attrs)
 
 
 @dataclass(frozen=True)
