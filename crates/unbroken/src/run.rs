@@ -82,7 +82,7 @@ impl<'a, 'm> Lent<'a, 'm> {
 
 impl Memory for Lent<'_, '_> {
     fn make(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        self.targets = (self.lend)(checkpoint)?;
+        self.targets = checkpoint.lent_by(|| (self.lend)(checkpoint))?;
         Ok(())
     }
 
@@ -426,7 +426,7 @@ impl Run {
 
     fn go_back(&self, name: &str, recorded_until: u64, lend: Lend) -> Result<()> {
         let checkpoint = self.checkpoint(name)?;
-        checkpoint.verify_into(lend(&checkpoint)?)?;
+        checkpoint.verify_into(checkpoint.lent_by(|| lend(&checkpoint))?)?;
         let tail = behind(&self.directory, &self.config.id, checkpoint.info())?;
         guard(&self.store).trust(&checkpoint);
         *guard(&self.recorded) = tail.boundaries;
@@ -1011,7 +1011,7 @@ pub fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
 pub fn read_checkpoint_into(path: &Path, lend: Lend) -> Result<Checkpoint> {
     if !path.is_dir() {
         let checkpoint = Checkpoint::open(path)?;
-        checkpoint.verify_into(lend(&checkpoint)?)?;
+        checkpoint.verify_into(checkpoint.lent_by(|| lend(&checkpoint))?)?;
         return Ok(checkpoint);
     }
     newest_whole(path, |survey| choose(survey, &mut Lent::by(lend)))

@@ -490,6 +490,16 @@ impl Input for DiskFile {
                 .is_some_and(|view| view.is_absent(offset, length))
     }
 
+    fn fetch(&self, offset: u64, length: usize) {
+        #[cfg(target_os = "linux")]
+        let _ = rustix::fs::fadvise(
+            &self.fd,
+            offset,
+            std::num::NonZeroU64::new(length as u64),
+            rustix::fs::Advice::WillNeed,
+        );
+    }
+
     fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
         if let Some(direct) = self.direct() {
             match rustix::io::pread(direct, &mut *into, offset) {
@@ -623,5 +633,21 @@ mod tests {
         let mut found = vec![0; 10_000];
         assert_eq!(file.read_past_cache(4095, &mut found).unwrap(), found.len());
         assert!(found == arena.bytes()[4095..14_095]);
+    }
+    #[test]
+    fn what_is_fetched_comes_into_the_page_cache_without_being_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let (arena, fd) = bytes_and_file(dir.path());
+        fs::write(dir.path().join("file"), arena.bytes()).unwrap();
+        rustix::fs::fsync(&fd).unwrap();
+        rustix::fs::fadvise(&fd, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let file = DiskFile::new(fd);
+        if !file.is_cold(0, arena.len()) {
+            return; // A file system in memory, or without direct reads: there is nothing to fetch.
+        }
+        file.fetch(0, arena.len());
+        while file.is_cold(0, arena.len()) {
+            std::thread::yield_now();
+        }
     }
 }

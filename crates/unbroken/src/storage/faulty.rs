@@ -313,6 +313,10 @@ impl Input for FaultyInput {
         self.input.is_cold(offset, length)
     }
 
+    fn fetch(&self, offset: u64, length: usize) {
+        self.input.fetch(offset, length);
+    }
+
     fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
         whole(&self.plan, "read", &self.name, || {
             self.input.read_past_cache(offset, into)

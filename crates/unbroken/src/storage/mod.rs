@@ -54,6 +54,11 @@ pub trait Input: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Asks the system to bring a part into its cache, and does not wait for it. Only advice.
+    fn fetch(&self, offset: u64, length: usize) {
+        let _ = (offset, length);
+    }
+
     /// Reads like [`Input::read_at`], past the system's cache where that can be. The memory's address and length and
     /// the place in the file are multiples of [`DIRECT_ALIGNMENT`].
     fn read_past_cache(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
@@ -531,6 +536,11 @@ impl Source {
     /// Whether this part comes faster past the system's cache, which does not have it.
     pub fn is_cold(&self, offset: u64, length: usize) -> bool {
         self.input.is_cold(offset, length)
+    }
+
+    /// Asks the system to bring a part into its cache, and does not wait for it.
+    pub fn fetch(&self, offset: u64, length: usize) {
+        self.input.fetch(offset, length);
     }
 
     /// Fills the first `needed` bytes of `into` from `offset` on, past the system's cache where that can be. Address and

@@ -8,6 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::parallel::each_in_parallel;
 use super::{Checkpoint, OBJECTS, leaf_of};
@@ -23,6 +24,10 @@ use crate::storage::{DIRECT_ALIGNMENT, Directory, Source, zeros};
 const PIECE: usize = 16 * GROUP;
 /// Bytes between two parts that are read along, because one read costs less than two.
 const GAP: u64 = 16 << 10;
+/// From this many bytes on, a disk is told what will be read while memory for it is made.
+const WORTH_FETCHING: u64 = 32 << 20;
+/// Most bytes that come into the system's cache by that.
+const FETCHED_MOST: u64 = 256 << 20;
 
 /// Where bytes go.
 enum Target<'a> {
@@ -522,6 +527,45 @@ impl Checkpoint {
             }
         }
         self.fill_all(targets)
+    }
+
+    /// Asks for memory for all of it, while the first bytes are on their way from the disk.
+    pub(crate) fn lent_by<T>(&self, lend: impl FnOnce() -> T) -> T {
+        if self.info.size_bytes < WORTH_FETCHING {
+            return lend();
+        }
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| self.fetch_until(&over));
+            let lent = lend();
+            over.store(true, Ordering::Relaxed);
+            lent
+        })
+    }
+
+    /// Has the system fetch what will be read first. What cannot be is told when it is read.
+    fn fetch_until(&self, over: &AtomicBool) {
+        let storages = self.manifest.storages.iter();
+        let mut places: Vec<(u32, u64, u64)> = storages
+            .flat_map(|entry| entry.place.pieces(entry.length))
+            .collect();
+        places.sort_unstable();
+        let mut left = FETCHED_MOST;
+        for pack in places.chunk_by(|before, after| before.0 == after.0) {
+            let Ok(source) = open_pack(&self.directory, &self.manifest.packs[pack[0].0 as usize]) else {
+                return;
+            };
+            for &(_, offset, length) in pack {
+                for at in (offset..offset + length).step_by(PIECE) {
+                    let length = (offset + length - at).min(PIECE as u64);
+                    if over.load(Ordering::Relaxed) || left < length {
+                        return;
+                    }
+                    left -= length;
+                    source.fetch(at, length as usize);
+                }
+            }
+        }
     }
 
     /// Refuses memory that does not have its storage's length.
