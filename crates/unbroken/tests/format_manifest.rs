@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use unbroken::Digest;
 use unbroken::format::Flaw;
 use unbroken::format::manifest::{
-    Coded, Layer, MAX_FRAMES, MAX_PIECES, Manifest, PackEntry, Piece, Pieces, Place, Source, StorageEntry,
-    checkpoint_name, decode, encode, parse_checkpoint_name,
+    Coded, Draft, Layer, MAX_FRAMES, MAX_PIECES, Manifest, PackEntry, Piece, Pieces, Place, Source,
+    StorageEntry, checkpoint_name, decode, encode, parse_checkpoint_name,
 };
 use unbroken::state::{Tensor, Value};
 
@@ -81,6 +81,22 @@ fn reading_back_what_was_written_gives_the_same_manifest() {
     assert_eq!(decode(&bytes).unwrap(), (manifest(), digest));
     assert_eq!(bytes[bytes.len() - 32..], digest.0);
     assert_eq!(Digest::of(&bytes[..bytes.len() - 32]), digest);
+}
+
+#[test]
+fn a_draft_takes_the_digests_of_its_storages_later() {
+    for whole in [manifest(), with_pieces().0, with_layers().0] {
+        let mut unwritten = whole.clone();
+        for storage in &mut unwritten.storages {
+            storage.digest = Digest([0; 32]);
+        }
+        let draft = Draft::of(&unwritten).unwrap();
+        let length = draft.length();
+        let (bytes, digest) = draft.finish(&whole.storages);
+        assert_eq!(bytes.len() as u64, length);
+        assert_eq!((bytes.clone(), digest), encode(&whole).unwrap());
+        assert_eq!(decode(&bytes).unwrap(), (whole, digest));
+    }
 }
 
 #[test]

@@ -250,16 +250,58 @@ pub struct CheckpointName {
 ///
 /// Whatever [`decode`] would refuse.
 pub fn encode(manifest: &Manifest) -> Result<(Vec<u8>, Digest), Flaw> {
-    check(manifest)?;
-    let payload = value::encode_mapping(&lower(manifest)?, value::MAX_DEPTH + 1, value::MAX_MEMORY)?;
-    let mut bytes = Vec::with_capacity(PAYLOAD + payload.len() + DIGEST);
-    bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&version_of(manifest).to_le_bytes());
-    bytes.extend_from_slice(&(payload.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&payload);
-    let digest = Digest::of(&bytes);
-    bytes.extend_from_slice(&digest.0);
-    Ok((bytes, digest))
+    Ok(Draft::of(manifest)?.finish(&manifest.storages))
+}
+
+/// A manifest's file that is complete but for the digests of its storages: they may not be known before it is certain
+/// that the format takes everything else.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    bytes: Vec<u8>,
+    /// Where each storage's digest goes.
+    digests: Vec<usize>,
+}
+
+impl Draft {
+    /// Drafts a manifest, whatever the digests of its storages are so far.
+    ///
+    /// # Errors
+    ///
+    /// Whatever [`decode`] would refuse.
+    pub fn of(manifest: &Manifest) -> Result<Draft, Flaw> {
+        check(manifest)?;
+        let mut head = Vec::new();
+        head.extend_from_slice(MAGIC);
+        head.extend_from_slice(&version_of(manifest).to_le_bytes());
+        head.extend_from_slice(&[0; 8]);
+        let mut digests = Vec::with_capacity(manifest.storages.len());
+        let mut bytes = value::encode_mapping(head, &lower(manifest)?, value::MAX_MEMORY, |out, part| {
+            match part {
+                // The manifest is one level around a user's values.
+                Part::Value(value) => out.value(value, value::MAX_DEPTH),
+                Part::Storages(storages) => write_storages(out, storages, &mut digests),
+            }
+        })?;
+        let length = (bytes.len() - PAYLOAD) as u64;
+        bytes[PAYLOAD - 8..PAYLOAD].copy_from_slice(&length.to_le_bytes());
+        Ok(Draft { bytes, digests })
+    }
+
+    /// How long the file will be.
+    pub fn length(&self) -> u64 {
+        (self.bytes.len() + DIGEST) as u64
+    }
+
+    /// Returns the file's bytes and its digest, given the same storages with their digests.
+    pub fn finish(mut self, storages: &[StorageEntry]) -> (Vec<u8>, Digest) {
+        assert_eq!(storages.len(), self.digests.len(), "they are the same storages");
+        for (&at, storage) in self.digests.iter().zip(storages) {
+            self.bytes[at..at + DIGEST].copy_from_slice(&storage.digest.0);
+        }
+        let digest = Digest::of(&self.bytes);
+        self.bytes.extend_from_slice(&digest.0);
+        (self.bytes, digest)
+    }
 }
 
 /// Returns the manifest of file bytes and its digest.
@@ -335,9 +377,15 @@ fn open(bytes: &[u8]) -> Result<(u32, &[u8], Digest), Flaw> {
     Ok((version, &body[PAYLOAD..], found))
 }
 
-/// A manifest's parts as values. The tree is as large as the rest is not, and is only looked at.
-fn lower(manifest: &Manifest) -> Result<Vec<(&str, Cow<'_, Value>)>, Flaw> {
-    let storages = manifest.storages.iter().map(lower_storage);
+/// A part of a manifest, to be written.
+enum Part<'a> {
+    Value(Cow<'a, Value>),
+    /// Thousands perhaps, so that they are written without becoming values.
+    Storages(&'a [StorageEntry]),
+}
+
+/// A manifest's parts. The tree is as large as the rest is not, and is only looked at.
+fn lower(manifest: &Manifest) -> Result<Vec<(&str, Part<'_>)>, Flaw> {
     let packs = manifest.packs.iter().map(|entry| {
         Ok(Value::List(vec![
             Value::Str(entry.name.clone()),
@@ -349,67 +397,95 @@ fn lower(manifest: &Manifest) -> Result<Vec<(&str, Cow<'_, Value>)>, Flaw> {
         .metrics
         .iter()
         .map(|(name, bits)| (Value::Str(name.clone()), Value::Float(*bits)));
-    let values = [
-        Cow::Owned(Value::Str(manifest.run_id.clone())),
-        Cow::Owned(record::count("a step", manifest.step)?),
-        Cow::Owned(Value::Int(i64::from(manifest.phase))),
-        Cow::Owned(manifest.parent.clone().map_or(Value::None, Value::Str)),
-        Cow::Owned(Value::Int(i64::from(manifest.life))),
-        Cow::Owned(Value::Str(manifest.created.clone())),
-        Cow::Borrowed(&manifest.tree),
-        Cow::Owned(Value::List(storages.collect::<Result<_, Flaw>>()?)),
-        Cow::Owned(Value::List(packs.collect::<Result<_, Flaw>>()?)),
-        Cow::Owned(record::named(&manifest.identity)),
-        Cow::Owned(record::named(&manifest.environment)),
-        Cow::Owned(Value::Dict(metrics.collect())),
-        Cow::Owned(Value::Bool(manifest.pinned)),
-        Cow::Owned(record::digest(&manifest.journal_head)),
-        Cow::Owned(record::count("new bytes", manifest.new_bytes)?),
+    let owned = |value| Part::Value(Cow::Owned(value));
+    let parts = [
+        owned(Value::Str(manifest.run_id.clone())),
+        owned(record::count("a step", manifest.step)?),
+        owned(Value::Int(i64::from(manifest.phase))),
+        owned(manifest.parent.clone().map_or(Value::None, Value::Str)),
+        owned(Value::Int(i64::from(manifest.life))),
+        owned(Value::Str(manifest.created.clone())),
+        Part::Value(Cow::Borrowed(&manifest.tree)),
+        Part::Storages(&manifest.storages),
+        owned(Value::List(packs.collect::<Result<_, Flaw>>()?)),
+        owned(record::named(&manifest.identity)),
+        owned(record::named(&manifest.environment)),
+        owned(Value::Dict(metrics.collect())),
+        owned(Value::Bool(manifest.pinned)),
+        owned(record::digest(&manifest.journal_head)),
+        owned(record::count("new bytes", manifest.new_bytes)?),
     ];
-    Ok(KEYS.into_iter().zip(values).collect())
+    Ok(KEYS.into_iter().zip(parts).collect())
 }
 
-fn lower_storage(entry: &StorageEntry) -> Result<Value, Flaw> {
-    let mut parts = vec![
-        record::digest(&entry.digest),
-        record::count("a storage's length", entry.length)?,
-    ];
+/// Writes what lists of storages hold, and notes where each one's digest is.
+fn write_storages(
+    out: &mut value::Writer,
+    storages: &[StorageEntry],
+    digests: &mut Vec<usize>,
+) -> Result<(), Flaw> {
+    out.list(storages.len())?;
+    for storage in storages {
+        // | list of 3 to 5, 1 byte | byte string of 32, 2 bytes | digest | ...
+        digests.push(out.bytes().len() + 1 + 2);
+        write_storage(out, storage)?;
+    }
+    Ok(())
+}
+
+fn write_storage(out: &mut value::Writer, entry: &StorageEntry) -> Result<(), Flaw> {
+    let length = record::number("a storage's length", entry.length)?;
+    let parts = match &entry.place {
+        Place::Whole { .. } => 4,
+        Place::Pieces(_) => 5,
+        Place::Coded(_) => 3,
+    };
+    out.list(parts)?;
+    out.byte_string(&entry.digest.0)?;
+    out.int(length);
     match &entry.place {
         Place::Whole { pack, offset } => {
-            parts.push(Value::Int(i64::from(*pack)));
-            parts.push(record::count("a storage's offset", *offset)?);
+            out.int(i64::from(*pack));
+            out.int(record::number("a storage's offset", *offset)?);
+            Ok(())
         }
-        Place::Pieces(Pieces {
-            chunk,
-            sources,
-            pieces,
-        }) => {
-            let source = |source: &Source| {
-                Value::List(vec![
-                    Value::Int(i64::from(source.pack)),
-                    record::digest(&source.check),
-                ])
-            };
-            let piece = |piece: &Piece| {
-                Ok(Value::List(vec![
-                    Value::Int(i64::from(piece.source)),
-                    record::count("a piece's offset", piece.offset)?,
-                    record::count("a piece's length", piece.length)?,
-                ]))
-            };
-            parts.push(record::count("a chunk's length", *chunk)?);
-            parts.push(Value::List(sources.iter().map(source).collect()));
-            parts.push(Value::List(
-                pieces.iter().map(piece).collect::<Result<_, Flaw>>()?,
-            ));
-        }
-        Place::Coded(Coded { width, layers }) => {
-            let layers = layers.iter().map(lower_layer).collect::<Result<_, Flaw>>()?;
-            let width = record::count("a number's length", *width)?;
-            parts.push(Value::List(vec![width, Value::List(layers)]));
-        }
+        Place::Pieces(pieces) => lower_pieces(pieces)?
+            .iter()
+            .try_for_each(|part| out.value(part, value::MAX_DEPTH)),
+        Place::Coded(coded) => out.value(&lower_coded(coded)?, value::MAX_DEPTH),
     }
-    Ok(Value::List(parts))
+}
+
+/// What is said of pieces: the length of a chunk, the sources and the pieces.
+fn lower_pieces(found: &Pieces) -> Result<[Value; 3], Flaw> {
+    let source = |source: &Source| {
+        Value::List(vec![
+            Value::Int(i64::from(source.pack)),
+            record::digest(&source.check),
+        ])
+    };
+    let piece = |piece: &Piece| {
+        Ok(Value::List(vec![
+            Value::Int(i64::from(piece.source)),
+            record::count("a piece's offset", piece.offset)?,
+            record::count("a piece's length", piece.length)?,
+        ]))
+    };
+    Ok([
+        record::count("a chunk's length", found.chunk)?,
+        Value::List(found.sources.iter().map(source).collect()),
+        Value::List(found.pieces.iter().map(piece).collect::<Result<_, Flaw>>()?),
+    ])
+}
+
+fn lower_coded(coded: &Coded) -> Result<Value, Flaw> {
+    let layers = coded
+        .layers
+        .iter()
+        .map(lower_layer)
+        .collect::<Result<_, Flaw>>()?;
+    let width = record::count("a number's length", coded.width)?;
+    Ok(Value::List(vec![width, Value::List(layers)]))
 }
 
 fn lower_layer(layer: &Layer) -> Result<Value, Flaw> {

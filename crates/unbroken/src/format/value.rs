@@ -3,8 +3,6 @@
 //! Touches: nothing. No recursion deeper than [`MAX_DEPTH`], no allocation that the bytes at hand do not pay for. The
 //! same rules bind both directions: what [`encode`] writes [`decode`] reads, and nothing else.
 
-use std::borrow::Cow;
-
 use minicbor::data::Tag;
 use minicbor::{Decoder, Encoder};
 
@@ -74,21 +72,17 @@ pub fn digest_value(value: &Value) -> Result<Digest, Flaw> {
     encode(value).map(|bytes| Digest::of(&bytes))
 }
 
-/// [`encode`] of a mapping with text keys that was never put together, with room for the layers that a manifest puts
-/// around user values, and another budget.
-pub(super) fn encode_mapping(
-    items: &[(&str, Cow<'_, Value>)],
-    depth: usize,
+/// [`encode`] of a mapping with text keys that was never put together, behind these bytes, with another budget.
+pub(super) fn encode_mapping<V>(
+    bytes: Vec<u8>,
+    items: &[(&str, V)],
     memory: usize,
+    write_value: impl FnMut(&mut Writer, &V) -> Result<(), Flaw>,
 ) -> Result<Vec<u8>, Flaw> {
-    let inner = depth.checked_sub(1).ok_or_else(too_deep)?;
-    let mut writer = Writer::behind(Vec::new(), memory)?;
-    writer.mapping(
-        items,
-        |writer, key| writer.text(key),
-        |writer, value| writer.value(value, inner),
-    )?;
-    check_length(writer.bytes().len())?;
+    let start = bytes.len();
+    let mut writer = Writer::behind(bytes, memory)?;
+    writer.mapping(items, |writer, key| writer.text(key), write_value)?;
+    check_length(writer.bytes().len() - start)?;
     Ok(writer.finish())
 }
 
@@ -230,7 +224,7 @@ impl Writer {
         self.out.into_writer()
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         self.out.writer()
     }
 
@@ -261,8 +255,8 @@ impl Writer {
     pub(super) fn mapping<K, V>(
         &mut self,
         items: &[(K, V)],
-        write_key: impl Fn(&mut Writer, &K) -> Result<(), Flaw>,
-        write_value: impl Fn(&mut Writer, &V) -> Result<(), Flaw>,
+        mut write_key: impl FnMut(&mut Writer, &K) -> Result<(), Flaw>,
+        mut write_value: impl FnMut(&mut Writer, &V) -> Result<(), Flaw>,
     ) -> Result<(), Flaw> {
         self.budget.values(items.len().saturating_mul(2))?;
         written(self.out.map(items.len() as u64));

@@ -21,7 +21,7 @@ use super::{leaf_of, pack_writer, random_name, temporary_name};
 use crate::arena::Arena;
 use crate::digest::{self, Digest, Fingerprint, GROUP, WINDOWS};
 use crate::error::{Error, Result};
-use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
+use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::{self, PackLayout};
 use crate::state::Value;
 use crate::storage::{File, already_exists};
@@ -162,16 +162,14 @@ impl Plan {
         self.new.iter().map(|pack| pack.layout.length).sum()
     }
 
-    /// What the manifest says of the storages. `written` are the digests of what went into the new packs, each whole
-    /// storage's, in the order of the additions; before they are written, none.
-    fn entries(&self, storages: &[&[u8]], written: &[Vec<Digest>]) -> Vec<StorageEntry> {
+    /// What the manifest says of the storages, but for digests that are not known before what is new is written.
+    fn entries(&self, storages: &[&[u8]]) -> Vec<StorageEntry> {
         let describe = |(index, origin): (usize, &Origin)| {
             let digest = self.found[index].as_ref().map(|found| found.digest);
             let (digest, place) = match origin {
                 Origin::At(place) => (digest, place.clone()),
                 Origin::New(pack, position) => {
                     let (number, layout) = (self.new[*pack].number, &self.new[*pack].layout);
-                    let digest = digest.or(written.get(*pack).map(|digests| digests[*position]));
                     let offset = layout.offsets[*position];
                     (
                         Some(digest.unwrap_or(Digest([0; 32]))),
@@ -186,6 +184,15 @@ impl Plan {
             }
         };
         self.origins.iter().enumerate().map(describe).collect()
+    }
+
+    /// Fills in the digests of what went into the new packs: each whole storage's, in the order of the additions.
+    fn tell_digests(&self, written: &[Vec<Digest>], entries: &mut [StorageEntry]) {
+        for ((origin, found), entry) in self.origins.iter().zip(&self.found).zip(entries) {
+            if let (Origin::New(pack, position), None) = (origin, found) {
+                entry.digest = written[*pack][*position];
+            }
+        }
     }
 }
 
@@ -219,7 +226,7 @@ impl Store {
             life,
             created,
             tree: commit.tree,
-            storages: plan.entries(&commit.storages, &[]),
+            storages: plan.entries(&commit.storages),
             packs: plan.packs.clone(),
             identity: commit.identity,
             environment: commit.environment,
@@ -232,12 +239,13 @@ impl Store {
             journal_head,
             new_bytes: plan.new_bytes(),
         };
-        // Encoded before anything is written: what the format refuses costs no disk. The digests change no length.
-        let needed = plan.new_bytes() + manifest::encode(&manifest)?.0.len() as u64;
+        // Drafted before anything is written: what the format refuses costs no disk.
+        let draft = Draft::of(&manifest)?;
+        let needed = plan.new_bytes() + draft.length();
         self.check_space(needed)?;
 
         let mut made = Vec::new();
-        let published = self.publish_all(&mut manifest, &plan, &commit.storages, still, &mut made);
+        let published = self.publish_all((&mut manifest, draft), &plan, &commit.storages, still, &mut made);
         let name = match published {
             Ok(name) => name,
             Err(error) => {
@@ -261,7 +269,7 @@ impl Store {
     /// Puts packs and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.
     fn publish_all(
         &mut self,
-        manifest: &mut Manifest,
+        (manifest, draft): (&mut Manifest, Draft),
         plan: &Plan,
         storages: &[&[u8]],
         still: Option<&[u8]>,
@@ -279,8 +287,8 @@ impl Store {
             written.push(self.write_pack(&file, new, storages, still, &manifest.tree)?);
             self.publish(&file, &temporary, &name, OBJECTS, made)?;
         }
-        manifest.storages = plan.entries(storages, &written);
-        let (bytes, digest) = manifest::encode(manifest)?;
+        plan.tell_digests(&written, &mut manifest.storages);
+        let (bytes, digest) = draft.finish(&manifest.storages);
         let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
         let (temporary, mut file) = self.open_temporary(None, made)?;
         file.write_all(&bytes)?;
