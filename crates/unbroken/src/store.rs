@@ -18,7 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use crate::digest::{Digest, Fingerprint, WINDOWS};
+use crate::digest::{Digest, Fingerprint, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::{Flaw, pack};
@@ -321,23 +321,16 @@ pub(crate) fn survey(directory: &Directory, run_id: &str) -> Result<Survey> {
 struct Known {
     /// Where they are, in packs that are counted among these.
     place: Place,
-    packs: Vec<PackEntry>,
+    /// All packs of the checkpoint that has them: thousands of storages share the list.
+    packs: Arc<[PackEntry]>,
     /// Whether this process wrote or read these bytes. Others are read before anything new relies on them.
     verified: bool,
 }
 
 impl Known {
-    fn of(storage: &StorageEntry, manifest: &Manifest, verified: bool) -> Known {
-        let mut packs = Vec::new();
-        let place = storage.place.with_packs(|pack| {
-            packs.push(manifest.packs[pack as usize].clone());
-            packs.len() as u32 - 1
-        });
-        Known {
-            place,
-            packs,
-            verified,
-        }
+    /// The packs that the bytes are in.
+    fn used_packs(&self) -> impl Iterator<Item = &PackEntry> {
+        self.place.packs().map(|pack| &self.packs[pack as usize])
     }
 }
 
@@ -348,7 +341,9 @@ pub struct Store {
     run_id: String,
     /// This run's whole checkpoints by name.
     catalog: BTreeMap<String, Entry>,
-    places: HashMap<(Digest, u64), Known>,
+    places: HashMap<(Digest, u64), Known, Scattered>,
+    /// Which of the places are in pieces, at most.
+    in_pieces: Vec<(Digest, u64)>,
     /// Files of failed commits that could not be removed yet.
     leftovers: Vec<String>,
     /// Whether manifests were removed that may come back, and their packs are still there: the next prune goes on.
@@ -413,7 +408,7 @@ impl Default for Tuning {
 #[derive(Clone, Debug)]
 struct Entry {
     info: Arc<CheckpointInfo>,
-    packs: Vec<PackEntry>,
+    packs: Arc<[PackEntry]>,
 }
 
 impl Store {
@@ -423,7 +418,8 @@ impl Store {
             directory,
             run_id,
             catalog: BTreeMap::new(),
-            places: HashMap::new(),
+            places: HashMap::default(),
+            in_pieces: Vec::new(),
             leftovers: Vec::new(),
             removing: false,
             buffers: Buffers::new(tuning.piece, tuning.workers),
@@ -458,20 +454,26 @@ impl Store {
 
     fn admit(&mut self, checkpoint: &Checkpoint, verified: bool) {
         let manifest = &checkpoint.manifest;
+        let packs: Arc<[PackEntry]> = manifest.packs.as_slice().into();
         for storage in &manifest.storages {
             let key = (storage.digest, storage.length);
+            let in_pieces = matches!(storage.place, Place::Pieces(_));
+            let known = || Known {
+                place: storage.place.clone(),
+                packs: Arc::clone(&packs),
+                verified,
+            };
             if verified {
-                self.places.insert(key, Known::of(storage, manifest, true));
-            } else if !matches!(storage.place, Place::Pieces(_)) {
+                self.in_pieces.extend(in_pieces.then_some(key));
+                self.places.insert(key, known());
+            } else if !in_pieces {
                 // Pieces take memory, and only those of the newest one are likely to be needed again.
-                self.places
-                    .entry(key)
-                    .or_insert_with(|| Known::of(storage, manifest, false));
+                self.places.entry(key).or_insert_with(known);
             }
         }
         let entry = Entry {
             info: Arc::clone(&checkpoint.info),
-            packs: manifest.packs.clone(),
+            packs,
         };
         self.catalog.insert(checkpoint.info.name.clone(), entry);
     }

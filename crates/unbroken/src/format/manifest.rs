@@ -197,6 +197,18 @@ impl Place {
         }
     }
 
+    /// The packs that it takes something of; one that it names twice comes twice.
+    pub(crate) fn packs(&self) -> impl Iterator<Item = u32> {
+        let (whole, sources, layers): (_, &[Source], &[Layer]) = match self {
+            Place::Whole { pack, .. } => (Some(*pack), &[], &[]),
+            Place::Pieces(pieces) => (None, &pieces.sources, &[]),
+            Place::Coded(coded) => (None, &[], &coded.layers),
+        };
+        let sources = sources.iter().map(|source| source.pack);
+        let layers = layers.iter().map(|layer| layer.pack);
+        whole.into_iter().chain(sources).chain(layers)
+    }
+
     /// The same place in a manifest whose packs have other numbers.
     pub(crate) fn with_packs(&self, mut number: impl FnMut(u32) -> u32) -> Place {
         match self {

@@ -43,7 +43,7 @@ pub(super) struct Renewal {
     chunk: usize,
     values: Chunks,
     /// The packs that it was in.
-    packs: Vec<PackEntry>,
+    packs: Arc<[PackEntry]>,
     /// Where each chunk is: index of the pack and offset; `None` where it is written.
     places: Vec<Option<(u32, u64)>>,
 }

@@ -134,8 +134,8 @@ impl Store {
             self.directory.remove(&format!("{CHECKPOINTS}/{name}"))?;
             let entry = self.catalog.remove(name);
             self.read_back.remove(name);
-            let packs = entry.into_iter().flat_map(|entry| entry.packs);
-            lengths.extend(packs.map(|pack| (pack.name, pack.length)));
+            let packs = entry.iter().flat_map(|entry| &*entry.packs);
+            lengths.extend(packs.map(|pack| (pack.name.clone(), pack.length)));
         }
         self.directory.sync_dir(CHECKPOINTS)?;
         match self.referenced()? {
@@ -161,7 +161,7 @@ impl Store {
         lengths: &HashMap<String, u64>,
     ) -> Result<()> {
         self.places
-            .retain(|_, known| known.packs.iter().all(|pack| referenced.contains(&pack.name)));
+            .retain(|_, known| known.used_packs().all(|pack| referenced.contains(&pack.name)));
         let mut garbage = unreferenced_packs(&self.directory, referenced)?;
         if self.spare.is_none()
             && let Some(at) = garbage.iter().position(|name| {

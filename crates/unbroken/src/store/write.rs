@@ -8,6 +8,7 @@
 //! disk already is not written again; of a large one that changed in few places, only those are.
 //! Where that was asked for, what is new and changes all over is compressed before it is written.
 
+use std::cell::LazyCell;
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -19,7 +20,7 @@ use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Kn
 use super::{is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
 use crate::arena::Arena;
-use crate::digest::{self, Digest, Fingerprint, GROUP, WINDOWS};
+use crate::digest::{self, Digest, Fingerprint, GROUP, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::{self, PackLayout};
@@ -476,7 +477,7 @@ impl Store {
 
     /// Decides storage by storage, as if each were alone.
     fn decide(&mut self, storages: &[&[u8]], found: &[Option<Found>]) -> Result<(Vec<Fate>, Vec<Renewal>)> {
-        let mut first: HashMap<(Digest, u64), usize> = HashMap::new();
+        let mut first: HashMap<(Digest, u64), usize, Scattered> = HashMap::default();
         let mut usable: HashMap<String, bool> = HashMap::new();
         let (mut fates, mut renewals) = (Vec::with_capacity(storages.len()), Vec::new());
         for (index, bytes) in storages.iter().enumerate() {
@@ -562,11 +563,15 @@ impl Store {
     /// others are taken for new: they changed from the last commit but one to the last and again since, or nothing of
     /// their length is anywhere.
     fn digest_doubtful(&self, storages: &[&[u8]], samples: &[Sample]) -> Vec<Option<Found>> {
-        let mut counts: HashMap<u64, usize> = HashMap::new();
-        for storage in storages {
-            *counts.entry(storage.len() as u64).or_default() += 1;
-        }
-        let lengths: HashSet<u64> = self.places.keys().map(|(_, length)| *length).collect();
+        // How often each length occurs, here and on disk. Where all storages do as before, nobody asks.
+        let lengths = LazyCell::new(|| {
+            let mut counts: HashMap<u64, usize> = HashMap::new();
+            let here = storages.iter().map(|storage| storage.len() as u64);
+            for length in here.chain(self.places.keys().map(|(_, length)| *length)) {
+                *counts.entry(length).or_default() += 1;
+            }
+            counts
+        });
         let is_new = |index: usize| {
             let length = storages[index].len() as u64;
             let changes = self.habit(index, storages).is_some_and(|habit| habit.changes);
@@ -575,7 +580,7 @@ impl Store {
                     .is_some_and(|changed| changed > 0)
             };
             let as_before = changes && !self.is_sparse(index, storages, samples) && differs();
-            as_before || (counts[&length] == 1 && !lengths.contains(&length))
+            as_before || lengths[&length] == 1
         };
         let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
         let region = |&index: &usize| {
@@ -604,7 +609,8 @@ impl Store {
         samples: &[Sample],
         found: Vec<Option<Found>>,
     ) {
-        let mut counts: HashMap<&Digest, usize> = HashMap::new();
+        let mut counts: HashMap<&Digest, usize, Scattered> =
+            HashMap::with_capacity_and_hasher(storages.len(), Scattered);
         for storage in storages {
             *counts.entry(&storage.digest).or_default() += 1;
         }
@@ -622,9 +628,16 @@ impl Store {
             }
         };
         self.habits = storages.iter().enumerate().zip(found).map(habit).collect();
-        // Older ones' pieces.
-        self.places
-            .retain(|_, known| !matches!(known.place, Place::Pieces(_)));
+        // Older ones' pieces. The same bytes may have come to be elsewhere since.
+        for key in std::mem::take(&mut self.in_pieces) {
+            if self
+                .places
+                .get(&key)
+                .is_some_and(|known| matches!(known.place, Place::Pieces(_)))
+            {
+                self.places.remove(&key);
+            }
+        }
     }
 
     /// Where equal bytes are that can be relied on. What this process never read is read first.
@@ -637,7 +650,7 @@ impl Store {
             outcome => outcome,
         };
         let mut sound = true;
-        for pack in &known.packs {
+        for pack in known.used_packs() {
             let there = match usable.get(&pack.name) {
                 Some(there) => *there,
                 None => whole(open_pack(&self.directory, pack).map(|_| true))?,
