@@ -542,8 +542,31 @@ def test_whatever_becomes_of_a_tensor_is_in_the_next_capture(changes: list[tuple
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensors.Storages, "usual", property(lambda _: tensors._unusual))
             patch.setattr(tensors.Storages, "usual_alone", property(lambda _: tensors._unusual))
+            patch.setattr(tensors.Storages, "usual_parameters", lambda *_: False)
+            patch.setattr(tensors.Storages, "usual_states", lambda _, names, parameters, first, *rest: first)
             long = snapshot.capture(objects)
         assert Memory(short).same_as(Memory(long))
+
+
+def test_an_unusual_tensor_among_others_keeps_its_place():
+    usual = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    unusual = [nn.Parameter(torch.randn(2, 3).t()), nn.Parameter(torch.zeros(1).expand(5))]
+    parameters = nn.ParameterList([usual[0], unusual[0], usual[1], unusual[1], usual[2], usual[3]])
+    optimizer = torch.optim.SGD([*usual, *unusual], lr=0.1, momentum=0.9)
+    optimizer.state.update(
+        {p: {"momentum_buffer": p.detach().clone()} for p in parameters if p is not usual[2]}
+    )
+    optimizer.state[usual[1]]["count"] = 3
+    usual[3].grad = torch.ones(3, 2)
+    captured = snapshot.capture({"model": parameters, "optimizer": optimizer})
+    model, state = captured.tree["model"], captured.tree["optimizer"]["state"]
+    names = ["0", "1", "2", "3", "4", "5"]
+    assert list(model["parameters"]) == list(model["gradients"]) == names
+    assert [model["parameters"][name].storage for name in names] == [0, 1, 2, 3, 4, 5]
+    assert [name for name in names if model["gradients"][name] is not None] == ["5"]
+    assert [name.rpartition(".")[2] for name in state] == ["0", "2", "5", "1", "3"]
+    assert [type(parts["momentum_buffer"]) for parts in state.values()] == [_core.Tensor] * 5
+    assert list(state.values())[1]["count"] == 3
 
 
 def test_a_storage_counts_as_large_by_what_it_is_and_not_by_what_is_seen_of_it():

@@ -249,11 +249,33 @@ class Regions:
         """Return what `leaf` does without flags; None also for a tensor that holds a gradient."""
     def spans(self) -> list[tuple[int, int]]:
         """Return (address, length in bytes) of each."""
-    def lone_leaves(self, values: dict[Any, Any], named: Container[int]) -> dict[str, Tensor] | None:
-        """Return what `lone_leaf` gives for each value, by its key.
+    def parameters(
+        self,
+        parameters: dict[str, Any],
+        prefix: str,
+        leaves: dict[str, Value],
+        gradients: dict[str, Value],
+    ) -> bool:
+        """Put the leaf of each of a module's parameters into `leaves`, and that of its gradient into `gradients`, by name.
 
-        None where it gives None for one, where one is a tensor whose `id` is in `named` or no plain tensor at all, or
-        its key is no ASCII text.
+        None stands for no gradient; requires_grad and nothing else is noted. False, and perhaps some of them there, where
+        one is none that `leaf` takes, or has a name that is no text.
+        """
+    def lone_states(
+        self,
+        names: list[str],
+        parameters: list[Any],
+        first: int,
+        state: dict[int, Any],
+        named: Container[int],
+        lowered: dict[str, Value],
+    ) -> int:
+        """Put what an optimizer has for each parameter into `lowered`, by name, from number `first` on.
+
+        `state` has it by the parameters' `id`; some may have none. In it is what `lone_leaf` gives for each value, by its
+        key. Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a
+        tensor whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are
+        where there is no such.
         """
     def lent(self, owned: Versions) -> Lent:
         """Return all of them for a save.

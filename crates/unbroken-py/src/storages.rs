@@ -9,7 +9,7 @@ use std::hash::{BuildHasher, Hasher};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyCapsule, PyDict, PyString, PyType};
+use pyo3::types::{PyBool, PyCapsule, PyDict, PyList, PyString, PyType};
 use unbroken::Value;
 use unbroken::saver::Region;
 use unbroken::state;
@@ -286,20 +286,15 @@ impl Regions {
         flags: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Option<Tensor>> {
         let py = tensor.py();
-        let reader = self.reader.clone_ref(py);
-        let reader = reader.get();
-        if !reader.is_known(tensor) {
-            return Ok(None);
-        }
         let attrs = match flags {
-            None => usual_attrs(reader, tensor)?,
+            None => usual_attrs(self.reader.clone_ref(py).get(), tensor)?,
             Some(flags) => {
                 let mut attrs = fields_from_python(flags.as_any())?;
                 attrs.sort_by(|left, right| left.0.cmp(&right.0));
                 attrs
             }
         };
-        self.whole(reader, tensor, attrs)
+        self.known(tensor, attrs)
     }
 
     /// Return what `leaf` does without flags; None also for a tensor that holds a gradient.
@@ -319,31 +314,76 @@ impl Regions {
         self.whole(reader, tensor, attrs)
     }
 
-    /// Return what `lone_leaf` gives for each value, by its key: the state that an optimizer has for one parameter. None
-    /// where it gives None for one, where one is a tensor whose `id` is in `named` or no plain tensor at all, or its key
-    /// is no ASCII text.
-    fn lone_leaves<'py>(
+    /// Put the leaf of each of a module's parameters into `leaves`, by name, and that of its gradient, or None, into
+    /// `gradients`; with requires_grad and nothing else noted. False, and perhaps some of them there, where one of them is
+    /// none that `leaf` takes, or has a name that is no text.
+    fn parameters<'py>(
         &mut self,
-        values: &Bound<'py, PyDict>,
-        named: &Bound<'py, PyAny>,
-    ) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let leaves = PyDict::new(values.py());
-        for (key, value) in values {
-            let usual_key = key
-                .cast_exact::<PyString>()
-                .is_ok_and(|key| key.to_str().is_ok_and(str::is_ascii));
-            if !usual_key
-                || !value.get_type().is(&self.reader.get().tensor)
-                || named.contains(value.as_ptr() as usize)?
-            {
-                return Ok(None);
+        parameters: &Bound<'py, PyDict>,
+        prefix: &Bound<'py, PyString>,
+        leaves: &Bound<'py, PyDict>,
+        gradients: &Bound<'py, PyDict>,
+    ) -> PyResult<bool> {
+        let py = parameters.py();
+        for (key, parameter) in parameters {
+            if parameter.is_none() {
+                continue;
             }
-            match self.lone_leaf(&value)? {
-                Some(leaf) => leaves.set_item(key, leaf)?,
-                None => return Ok(None),
+            let Some(name) = key
+                .cast_exact::<PyString>()
+                .ok()
+                .and_then(|key| name(prefix, key))
+            else {
+                return Ok(false);
+            };
+            let wanted = flag(parameter.getattr(intern!(py, "requires_grad"))?);
+            let attrs = vec![("requires_grad".to_owned(), Value::Bool(wanted))];
+            let Some(leaf) = self.known(&parameter, attrs)? else {
+                return Ok(false);
+            };
+            leaves.set_item(&name, leaf)?;
+            let gradient = parameter.getattr(intern!(py, "grad"))?;
+            if gradient.is_none() {
+                gradients.set_item(name, gradient)?;
+                continue;
+            }
+            match self.known(&gradient, Vec::new())? {
+                Some(leaf) => gradients.set_item(name, leaf)?,
+                None => return Ok(false),
             }
         }
-        Ok(Some(leaves))
+        Ok(true)
+    }
+
+    /// Put what an optimizer has for each of its parameters into `lowered`, by their names, from number `first` on: dicts
+    /// with what `lone_leaf` gives for each value. `state` has it by the parameters' `id`; some may have none.
+    ///
+    /// Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a tensor
+    /// whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are where
+    /// all of them are usual.
+    fn lone_states<'py>(
+        &mut self,
+        names: &Bound<'py, PyList>,
+        parameters: &Bound<'py, PyList>,
+        first: usize,
+        state: &Bound<'py, PyDict>,
+        named: &Bound<'py, PyAny>,
+        lowered: &Bound<'py, PyDict>,
+    ) -> PyResult<usize> {
+        for at in first..parameters.len() {
+            let Some(values) = state.get_item(parameters.get_item(at)?.as_ptr() as usize)? else {
+                continue;
+            };
+            let leaves = match values.cast_exact::<PyDict>() {
+                Ok(values) => self.lone_leaves(values, named)?,
+                Err(_) => None,
+            };
+            match leaves {
+                Some(leaves) => lowered.set_item(names.get_item(at)?, leaves)?,
+                None => return Ok(at),
+            }
+        }
+        Ok(parameters.len())
     }
 
     /// Return (address, length in bytes) of each.
@@ -374,6 +414,40 @@ impl Regions {
             private,
         });
         u32::try_from(self.regions.len() - 1).expect("fewer storages than there are numbers")
+    }
+
+    /// What `lone_leaf` gives for each value, by its key. None where it gives None for one, where one is a tensor whose
+    /// `id` is in `named` or no plain tensor at all, or its key is no ASCII text.
+    fn lone_leaves<'py>(
+        &mut self,
+        values: &Bound<'py, PyDict>,
+        named: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let leaves = PyDict::new(values.py());
+        for (key, value) in values {
+            let usual_key = key
+                .cast_exact::<PyString>()
+                .is_ok_and(|key| key.to_str().is_ok_and(str::is_ascii));
+            if !usual_key
+                || !value.get_type().is(&self.reader.get().tensor)
+                || named.contains(value.as_ptr() as usize)?
+            {
+                return Ok(None);
+            }
+            match self.lone_leaf(&value)? {
+                Some(leaf) => leaves.set_item(key, leaf)?,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(leaves))
+    }
+
+    fn known(&mut self, tensor: &Bound<'_, PyAny>, attrs: Vec<(String, Value)>) -> PyResult<Option<Tensor>> {
+        let reader = self.reader.clone_ref(tensor.py());
+        if !reader.get().is_known(tensor) {
+            return Ok(None);
+        }
+        self.whole(reader.get(), tensor, attrs)
     }
 
     fn whole(
@@ -417,6 +491,15 @@ impl Regions {
             attrs,
         })))
     }
+}
+
+/// A parameter's name; None where a part of it is no text.
+fn name<'py>(prefix: &Bound<'py, PyString>, key: &Bound<'py, PyString>) -> Option<Bound<'py, PyString>> {
+    let (before, last) = (prefix.to_str().ok()?, key.to_str().ok()?);
+    if before.is_empty() {
+        return Some(key.clone());
+    }
+    Some(PyString::new(key.py(), &[before, last].concat()))
 }
 
 fn usual_attrs(reader: &TensorReader, tensor: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Value)>> {

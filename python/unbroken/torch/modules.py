@@ -84,10 +84,11 @@ def parameters_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
 def add_names(names: Names, name: str, module: torch.nn.Module) -> None:
     """Name a tracked module's parts, so that others can refer to them."""
     for path, part in walk(module):
-        names.add("module", _join(name, path), part)
+        place = _join(name, path)
+        names.add("module", place, part)
         for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
             if tensor is not None:
-                names.add("tensor", _join(_join(name, path), key), tensor)
+                names.add("tensor", _join(place, key), tensor)
     names.add("module", name, module)
 
 
@@ -101,24 +102,11 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
     gradients: dict[str, Value] = {}
     buffers: dict[str, Value] = {}
     parts: dict[str, Value] = {}
-    lower, usual = capture.storages.lower, capture.storages.usual
+    lower = capture.storages.lower
     for place, part in walk(module):
-        for key, parameter in part._parameters.items():
-            if parameter is None:
-                continue
-            name = _join(place, key)
-            flags: dict[str, Value] = {"requires_grad": parameter.requires_grad}
-            leaf = usual(parameter, flags)
-            if leaf is not None:
-                parameters[name] = leaf
-            elif is_lazy(parameter):
-                parameters[name] = lower(parameter, f"{path}/parameters/{name}")
-                gradients[name] = None
-                continue
-            else:
-                parameters[name] = lower(parameter, f"{path}/parameters/{name}", flags=flags)
-            grad = parameter.grad
-            gradients[name] = None if grad is None else lower(grad, f"{path}/gradients/{name}", flags={})
+        prefix = f"{place}." if place else ""
+        if not capture.storages.usual_parameters(part._parameters, prefix, parameters, gradients):
+            _lower_parameters(capture, part, path, prefix, (parameters, gradients))
         for key, buffer in part._buffers.items():
             name = _join(place, key)
             flags = {"persistent": key not in part._non_persistent_buffers_set}
@@ -135,6 +123,30 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
             "attributes": capture.attributes(part, _place(path, place), MACHINERY),
         }
     return {"parameters": parameters, "gradients": gradients, "buffers": buffers, "modules": parts}
+
+
+def _lower_parameters(
+    capture: Capture,
+    part: torch.nn.Module,
+    path: str,
+    prefix: str,
+    lowered: tuple[dict[str, Value], dict[str, Value]],
+) -> None:
+    """Lower a module's own parameters and their gradients, whatever they are."""
+    parameters, gradients = lowered
+    lower = capture.storages.lower
+    for key, parameter in part._parameters.items():
+        if parameter is None:
+            continue
+        name = f"{prefix}{key}"
+        if is_lazy(parameter):
+            parameters[name] = lower(parameter, f"{path}/parameters/{name}")
+            gradients[name] = None
+            continue
+        flags: dict[str, Value] = {"requires_grad": parameter.requires_grad}
+        parameters[name] = lower(parameter, f"{path}/parameters/{name}", flags=flags)
+        grad = parameter.grad
+        gradients[name] = None if grad is None else lower(grad, f"{path}/gradients/{name}", flags={})
 
 
 def plan_module(restorer: Restorer, module: torch.nn.Module, tree: Value, path: str) -> Callable[[], None]:

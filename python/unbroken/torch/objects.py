@@ -116,13 +116,21 @@ class Names:
 
     def add(self, kind: str, name: str, item: object) -> None:
         """Name an object; the first name that it gets is its name, and all of them find it."""
-        self._names.setdefault(id(item), (kind, name))
-        self._objects.setdefault((kind, name), item)
+        entry = (kind, name)
+        self._names.setdefault(id(item), entry)
+        self._objects.setdefault(entry, item)
 
     def name(self, item: object, kind: str) -> str | None:
         """Return an object's name, or None."""
         found = self._names.get(id(item))
         return found[1] if found is not None and found[0] == kind else None
+
+    def names(self, items: Iterable[object], kind: str) -> Iterator[str | None]:
+        """Yield each object's name, or None."""
+        known = self._names.get
+        for item in items:
+            found = known(id(item))
+            yield found[1] if found is not None and found[0] == kind else None
 
     @property
     def identities(self) -> Collection[int]:
@@ -177,7 +185,6 @@ class Capture:
         self.storages = storages
         # Bound once, for what is asked of thousands of tensors.
         self._named, self._usual_alone = names.identities, storages.usual_alone
-        self._usual_dict = storages.usual_dict
         self._seen: dict[int, tuple[str, Any]] = {}
 
     def lower(self, value: Any, path: str) -> Value:
@@ -194,9 +201,16 @@ class Capture:
         """Return what `lower` gives for a tensor that nobody else has and that is all of its storage; else None."""
         return None if id(value) in self._named else self._usual_alone(value)
 
-    def usual_dict(self, parts: dict[Any, Any]) -> dict[str, Leaf] | None:
-        """Return what `lower` gives for a dict of such tensors under plain names; else None."""
-        return self._usual_dict(parts, self._named)
+    def usual_states(
+        self,
+        names: list[str],
+        parameters: list[torch.Tensor],
+        first: int,
+        state: dict[int, Any],
+        lowered: dict[Any, Value],
+    ) -> int:
+        """Lower what an optimizer has for its parameters, as far as it is usual: see `Storages.usual_states`."""
+        return self.storages.usual_states(names, parameters, first, state, self._named, lowered)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
         """Return an object's attributes lowered, by name; code is noted as such."""

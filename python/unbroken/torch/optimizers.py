@@ -68,10 +68,7 @@ def bytes_to_come(optimizer: Optimizer) -> int:
 def parameter_names(optimizer: Optimizer, names: Names) -> list[list[str]]:
     """Return the name of each parameter of each group; those in no tracked module by group and index."""
     return [
-        [
-            names.name(parameter, "tensor") or f"group{at}.{index}"
-            for index, parameter in enumerate(group["params"])
-        ]
+        [name or f"group{at}.{index}" for index, name in enumerate(names.names(group["params"], "tensor"))]
         for at, group in enumerate(optimizer.param_groups)
     ]
 
@@ -93,11 +90,8 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
         }
         # Where `params` stands among the keys is the order of a dict that training can see.
         groups.append({"params": names[at], "options": options, "order": list(group)})
-        for name, parameter in zip(names[at], group["params"], strict=True):
-            found = id(parameter)
-            known.add(found)
-            if found in parts:
-                state[name] = _lower_state(capture, parts[found], path, name)
+        known.update(map(id, group["params"]))
+        _lower_states(capture, (names[at], list(group["params"])), parts, path, state)
     for key, value in optimizer.state.items():
         if id(key) in known:
             continue
@@ -121,12 +115,24 @@ def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> dict
     return capture.attributes(optimizer, path, MACHINERY)
 
 
+def _lower_states(
+    capture: Capture,
+    group: tuple[list[str], list[torch.Tensor]],
+    state: dict[int, Any],
+    path: str,
+    lowered: dict[str, Value],
+) -> None:
+    """Lower what there is for each parameter of a group, in their order. Nearly all are tensors under plain names."""
+    names, parameters = group
+    at = 0
+    while (at := capture.usual_states(names, parameters, at, state, lowered)) < len(parameters):
+        found = state.get(id(parameters[at]), MISSING)
+        if found is not MISSING:
+            lowered[names[at]] = _lower_state(capture, found, path, names[at])
+        at += 1
+
+
 def _lower_state(capture: Capture, state: Any, path: str, name: str) -> Value:
-    if type(state) is dict:
-        # Nearly all are tensors under plain names: their paths are not needed.
-        leaves = capture.usual_dict(state)
-        if leaves is not None:
-            return leaves
     path = f"{path}/state/{name}"
     if type(state) is not dict:
         return capture.lower(state, path)

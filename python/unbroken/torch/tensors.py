@@ -132,13 +132,45 @@ class Storages:
         """Return `usual` without flags; it gives None also for a tensor that holds a gradient."""
         return _unusual if self._own_copies else self._regions.lone_leaf
 
-    @property
-    def usual_dict(self) -> Callable[[dict[Any, Any], Container[int]], dict[str, Leaf] | None]:
-        """Return `usual_alone` for all values of a dict of tensors, given the `id` of each that is saved elsewhere.
+    def usual_parameters(
+        self,
+        parameters: dict[str, Any],
+        prefix: str,
+        leaves: dict[str, Value],
+        gradients: dict[str, Value],
+    ) -> bool:
+        """Put what `lower` gives for a module's parameters and their gradients into dicts, by name.
 
-        It gives None for a dict with anything else in it, even a key that is not ASCII text.
+        Of parameters it is noted whether they require a gradient, and nothing else. False where one of them is
+        unusual, or its name is no text; some of the others may be there already.
         """
-        return _unusual if self._own_copies else self._regions.lone_leaves
+        return not self._own_copies and self._regions.parameters(parameters, prefix, leaves, gradients)
+
+    def usual_states(
+        self,
+        names: list[str],
+        parameters: list[torch.Tensor],
+        first: int,
+        state: dict[int, Any],
+        elsewhere: Container[int],
+        lowered: dict[Any, Value],
+    ) -> int:
+        """Put `usual_alone` of all that an optimizer has for its parameters into a dict, by their names.
+
+        Args:
+            names: The parameters' names.
+            parameters: An optimizer's parameters, or a group's.
+            first: Number of the first one to look at.
+            state: What it has for each, by the parameter's `id`; some may have none.
+            elsewhere: The `id` of each tensor that is saved elsewhere.
+            lowered: Takes a dict of leaves for each parameter that has a dict of such tensors under plain names.
+
+        Returns:
+            The number of the first parameter that has anything else; how many they are where there is none.
+        """
+        if self._own_copies:
+            return first
+        return self._regions.lone_states(names, parameters, first, state, elsewhere, lowered)
 
     @property
     def settled(self) -> bool:
