@@ -54,13 +54,17 @@ impl TensorReader {
         self.find_large(tensors, least_bytes, None)
     }
 
-    /// Read the version counters of those among the tensors that `large` would return and that have one.
+    /// Read the version counters of those among the tensors that `large` would return and that have one. Where no region
+    /// is as large and not the capture's own, nobody needs them, and none is read.
     fn versions(
         &self,
         tensors: Vec<Bound<'_, PyAny>>,
         least_bytes: u64,
         regions: PyRef<'_, Regions>,
     ) -> PyResult<Versions> {
+        if !regions.have_live(least_bytes) {
+            return Versions::of(Vec::new());
+        }
         Versions::of(self.find_large(tensors, least_bytes, Some(&regions))?)
     }
 }
@@ -407,6 +411,12 @@ impl Regions {
 }
 
 impl Regions {
+    /// Whether a region of at least so many bytes is live memory.
+    fn have_live(&self, least_bytes: u64) -> bool {
+        let is_one = |region: &Captured| !region.private && region.length as u64 >= least_bytes;
+        self.regions.iter().any(is_one)
+    }
+
     fn push(&mut self, address: usize, length: usize, private: bool) -> u32 {
         self.regions.push(Captured {
             address,
