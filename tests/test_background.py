@@ -3,6 +3,7 @@
 import resource
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import unbroken
 from unbroken import Policy, errors, room
 from unbroken.policy import Cost
-from unbroken.torch import fence
+from unbroken.torch import fence, snapshot
 
 
 class Counting:
@@ -231,6 +232,130 @@ def test_of_a_frozen_model_with_an_adapter_only_the_adapter_is_written_again(
     assert [info.step for info in later] == [3, 6, 9, 12]
     # The last one is the run's end: what it has was written after its step.
     assert all(changed <= info.new_bytes <= 1.05 * changed for info in later[:-1])
+
+
+class Adapting:
+    """A training of an adapter on a frozen base, beside an average of it: each element is the number of a step.
+
+    The base is 0, until `unfreeze` makes it a parameter like the adapter.
+    """
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        options = {"checkpoint": 4, "keep": 100, "quiet": True, **options}
+        self.net = torch.nn.ParameterDict(
+            {name: torch.nn.Parameter(torch.zeros(1 << 18)) for name in ("base", "adapter", "average")}
+        )
+        self.net["base"].requires_grad_(False)
+        self.net["average"].requires_grad_(False)
+        self.optimizer = torch.optim.SGD([self.net["adapter"]], lr=1.0)
+        self.run = unbroken.Run(path, seed=1, net=self.net, optimizer=self.optimizer, **options)
+        self.resting: list[int] = []
+        lendable = snapshot.Snapshot.lendable
+
+        def counted(taken: snapshot.Snapshot, owned: fence.Owned, unmoved: Any = frozenset()) -> Any:
+            self.resting.append(len(unmoved))
+            return lendable(taken, owned, unmoved)
+
+        monkeypatch.setattr(snapshot.Snapshot, "lendable", counted)
+
+    def train(self, before: Callable[[int], None] = lambda step: None) -> None:
+        for _ in self.run.epochs(1):
+            for _ in self.run.batches(DataLoader(TensorDataset(torch.zeros(40, 1)), batch_size=1)):
+                before(self.run.step)
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = torch.full_like(parameter, -1.0)
+                self.optimizer.step()
+                with torch.no_grad():
+                    self.net["average"].copy_(self.net["adapter"])
+        self.run.close()
+
+    def saved(self) -> list[tuple[int, dict[str, set[float]]]]:
+        """Return each checkpoint's step, and the values that its parameters have."""
+        found = []
+        for info in self.run.checkpoints():
+            parameters = unbroken.load(info.path)["objects"]["net"]["parameters"]
+            found.append(
+                (info.step, {name: set(part.unique().tolist()) for name, part in parameters.items()})
+            )
+        return found
+
+
+def test_frozen_parameters_are_not_copied_and_stand_in_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Adapting(tmp_path / "run", monkeypatch)
+    life.train()
+    assert life.resting[:9] == [1] * 9, "the base, and nothing that training writes to"
+    assert [step for step, _ in life.saved()] == list(range(0, 41, 4))
+    for step, values in life.saved():
+        assert values == {"base": {0.0}, "adapter": {float(step)}, "average": {float(step)}}
+
+
+def test_a_frozen_parameter_that_is_written_to_past_torch_costs_one_checkpoint_and_none_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    life = Adapting(tmp_path / "run", monkeypatch, quiet=False)
+
+    def before(step: int) -> None:
+        if step == 18:
+            life.run._saves.settle()
+            life.net["base"].detach().numpy()[77777] = (
+                5.0  # No version counter moves, and no window is there.
+            )
+
+    life.train(before)
+    assert set(range(0, 41, 4)) - {step for step, _ in life.saved()} == {20}
+    for step, values in life.saved():
+        assert values["base"] == ({0.0} if step <= 18 else {0.0, 5.0})
+        assert values["adapter"] == {float(step)}
+    assert (
+        capfd.readouterr().err.count(
+            "the checkpoint of step 20 was thrown away: a parameter that requires no"
+        )
+        == 1
+    )
+    assert life.resting[-1] == 0, "nothing is taken for resting any more"
+    assert b"save torn" in (tmp_path / "run" / "journal" / "000001.journal").read_bytes()
+
+
+def test_a_frozen_parameter_that_is_unfrozen_is_trained_and_saved_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Adapting(tmp_path / "run", monkeypatch)
+
+    def before(step: int) -> None:
+        if step == 18:
+            life.run._saves.settle()
+            life.net["base"].requires_grad_(True)
+            life.optimizer.add_param_group({"params": [life.net["base"]]})
+
+    life.train(before)
+    assert [step for step, _ in life.saved()] == list(range(0, 41, 4))
+    for step, values in life.saved():
+        assert values["base"] == {float(max(step - 18, 0))}
+
+
+def test_a_resting_parameter_that_training_writes_to_while_it_is_saved_costs_one_checkpoint_and_rests_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    life = Adapting(tmp_path / "run", monkeypatch, quiet=False)
+
+    def before(step: int) -> None:
+        if step == 20:  # Its save has just begun, or is over: then this is a write like any other.
+            with torch.no_grad():
+                life.net["base"].fill_(3.0)
+
+    life.train(before)
+    lost = set(range(0, 41, 4)) - {step for step, _ in life.saved()}
+    assert lost <= {20}
+    for step, values in life.saved():
+        assert values["base"] == ({0.0} if step <= 20 else {3.0})
+    told = capfd.readouterr().err.count(
+        "the checkpoint of step 20 was thrown away: a parameter that required no"
+    )
+    assert told == len(lost)
+    assert life.resting[-1] > 0
 
 
 def test_continuous_saves_follow_one_another_as_far_as_the_budget_allows(tmp_path: Path) -> None:

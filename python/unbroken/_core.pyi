@@ -1,6 +1,6 @@
 """The border between Python and the Rust core: what the extension module offers, and nothing clever."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
@@ -218,8 +218,10 @@ class Versions:
     @property
     def storages(self) -> set[tuple[int, int]]:
         """(address, length in bytes) of their storages."""
-    def unchanged(self) -> bool:
-        """Tell whether no counter has moved."""
+    def unmoved_since(self, before: Versions) -> set[tuple[int, int]]:
+        """Return the storages, as `storages` does, whose counters all were the same before."""
+    def unchanged(self, among: Set[tuple[int, int]] | None = None) -> bool:
+        """Tell whether no counter has moved; given storages, none of theirs."""
 
 @final
 class Lent:
@@ -277,10 +279,13 @@ class Regions:
         tensor whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are
         where there is no such.
         """
-    def lent(self, owned: Versions) -> Lent:
+    def take_frozen(self) -> Versions:
+        """Return the version counters of the large parameters that require no gradient, once."""
+    def lent(self, owned: Versions, unmoved: Set[tuple[int, int]] = ...) -> Lent:
         """Return all of them for a save.
 
-        What is the capture's own, or a storage of `owned`, stays as it is until an optimizer steps.
+        What is the capture's own, or a storage of `owned`, stays as it is until an optimizer steps. To what is in
+        `unmoved` nobody is known to have written since the last save.
         """
 
 @final
@@ -536,7 +541,7 @@ class Run:
 
         Args:
             storages: (address, length in bytes, lent). What is lent stays alive and unchanged until `fence` has returned;
-                the rest is copied before this returns.
+                what is unmoved, alive until there is an outcome; the rest is copied before this returns.
             keep: (last, every, best) as for `prune`; None deletes nothing.
             full: Compare every lent byte with its copy, instead of windows of each region.
             confirm: Asked on that thread, when all is copied, whether nothing is known to have changed.
@@ -547,10 +552,11 @@ class Run:
         """Return when no lent memory is read any more, copying what is left of it. GIL released."""
     def outcome(
         self, *, wait: bool
-    ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn"], int] | None:
+    ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn", "stirred"], int] | None:
         """Tell once what became of the last save; None while it is under way (without `wait`), or if there is none.
 
-        `torn` (with the step): lent memory changed before it was copied; nothing was written.
+        `torn` (with the step): lent memory changed before it was copied; `stirred`: unmoved memory is not what it was at
+        the last save. Nothing was written.
 
         Raises:
             StorageError: It could not be written; older checkpoints are as they were.

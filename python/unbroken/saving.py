@@ -33,6 +33,10 @@ _COMPRESSING: dict[Compression | None, int] = {None: 0, "alone": 1, "differences
 class _UnderWay:
     step: int
     pinned: bool
+    frozen: _core.Versions | None
+    # (address, length in bytes) of what is read where it lies, and what keeps it alive.
+    resting: set[tuple[int, int]]
+    held: Snapshot | None
 
 
 class Saves:
@@ -73,6 +77,9 @@ class Saves:
         self._fence = Fence(self._end_lending)
         self._lent: tuple[Snapshot, Owned] | None = None
         self._under_way: _UnderWay | None = None
+        # Frozen parameters as they were at the last save: what nobody has written to since is not copied again.
+        self._frozen: _core.Versions | None = None
+        self._rests = mode == "background"
         # The largest state that there was memory for: it is kept.
         self._provided_bytes = 0
         self.pin_next = False
@@ -132,11 +139,14 @@ class Saves:
         else:
             self.settle()
         checkpoint["pinned"] = self.pin_next
-        self._find_memory(captured)
+        frozen = captured.storages.take_frozen() if self._rests else None
+        unmoved = frozen.unmoved_since(self._frozen) if frozen and self._frozen else set[tuple[int, int]]()
+        self._find_memory(captured, resting=sum(length for _, length in unmoved))
         if wait or required or self._mode == "sync" or self._again_waiting:
-            self._save_waiting(captured, checkpoint, before, required=required)
+            if self._save_waiting(captured, checkpoint, before, required=required):
+                self._frozen = frozen
         else:
-            self._start(captured, checkpoint, before)
+            self._start(captured, checkpoint, before, frozen, unmoved)
         self._cost.begin()
         self._cost.stood(time.monotonic() - begun)
 
@@ -164,7 +174,7 @@ class Saves:
 
     def _save_waiting(
         self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object], *, required: bool
-    ) -> None:
+    ) -> bool:
         storages = captured.regions()
 
         def write() -> None:
@@ -174,14 +184,14 @@ class Saves:
         saved = self._disk.attempt(write, required=required)
         self._last_durable = time.monotonic()
         self._again = self._again_waiting = False
-        if not saved:
-            return
-        self.pin_next = False
-        if self._keep.last is not None:
-            self._core.prune(last=self._keep.last, every=self._keep.every, best=self._keep.best)
-            self._tell_notices()
+        if saved:
+            self.pin_next = False
+            if self._keep.last is not None:
+                self._core.prune(last=self._keep.last, every=self._keep.every, best=self._keep.best)
+                self._tell_notices()
+        return saved
 
-    def _find_memory(self, captured: Snapshot) -> None:
+    def _find_memory(self, captured: Snapshot, *, resting: int) -> None:
         """Do without what there is no memory for, from now on: the kernel would kill the training.
 
         First without compression; then without a copy, which means to wait for each checkpoint.
@@ -189,7 +199,7 @@ class Saves:
         copies = self._mode != "sync"
         if not copies and self._compress is None:
             return
-        state = sum(length for _, length in captured.regions())
+        state = sum(length for _, length in captured.regions()) - resting
         if state <= self._provided_bytes:
             return
         free = room.free_bytes()
@@ -211,7 +221,14 @@ class Saves:
             )
         self._provided_bytes = state
 
-    def _start(self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object]) -> None:
+    def _start(
+        self,
+        captured: Snapshot,
+        checkpoint: dict[str, Any],
+        before: Callable[[], object],
+        frozen: _core.Versions | None,
+        unmoved: set[tuple[int, int]],
+    ) -> None:
         if not self._disk.attempt(before):
             return
         keep = self._keep
@@ -220,7 +237,7 @@ class Saves:
         try:
             self._core.save(
                 **checkpoint,
-                storages=captured.lendable(owned),
+                storages=captured.lendable(owned, unmoved),
                 keep=(keep.last, keep.every, keep.best) if keep.last is not None else None,
                 full=self._level == "full",
                 confirm=owned.unchanged,
@@ -235,7 +252,8 @@ class Saves:
         self._lent = (captured, owned)
         # Only now: at each step, a hook costs the training some microseconds.
         self._fence.install()
-        self._under_way = _UnderWay(checkpoint["step"], self.pin_next)
+        held = captured if unmoved else None
+        self._under_way = _UnderWay(checkpoint["step"], self.pin_next, frozen, unmoved, held)
         self.pin_next = self._again = False
         self.has_news = True
 
@@ -285,16 +303,33 @@ class Saves:
             return
         if outcome[0] == "saved":
             self._over(pinned=False)
+            self._frozen = under_way.frozen
             self._disk.took()
             self._tell_notices()
             return
         self._over(pinned=under_way.pinned)
-        # The copy was of nobody's state. The next boundary is saved in its place, copied while nothing runs.
-        self._mode, self._again = "copy", True
+        # What was read was nobody's state. The next boundary is saved in its place.
+        self._again = True
         self._core.event("save torn", under_way.step, {})
         self._say(
-            f"the checkpoint of step {under_way.step} was thrown away: something else than an optimizer's step wrote "
-            "to parameters or optimizer state; from now on all state is copied at the boundary"
+            f"the checkpoint of step {under_way.step} was thrown away: {self._tell_apart(outcome[0], under_way)}"
+        )
+
+    def _tell_apart(self, outcome: str, under_way: _UnderWay) -> str:
+        """Say why what was read is worth nothing, and see to it that it does not happen again."""
+        if outcome == "torn":
+            self._mode, self._rests = "copy", False
+            return (
+                "something else than an optimizer's step wrote to parameters or optimizer state; from now on all state "
+                "is copied at the boundary"
+            )
+        frozen = under_way.frozen
+        if frozen is not None and not frozen.unchanged(under_way.resting):
+            return "a parameter that required no gradient was written to before it was saved"
+        self._rests = False
+        return (
+            "a parameter that requires no gradient was written to without torch seeing it; from now on such parameters "
+            "are copied, too"
         )
 
     def _tell_notices(self) -> None:

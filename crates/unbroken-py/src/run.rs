@@ -220,7 +220,7 @@ impl Run {
             pinned: described.pinned,
         };
         let info = py
-            .detach(|| self.run.commit(commit))
+            .detach(|| self.saver.commit(commit))
             .map_err(|failure| error::raise(py, &failure))?;
         Ok(CheckpointInfo::of(info))
     }
@@ -278,6 +278,7 @@ impl Run {
                 Ok(Some(("saved", info)))
             }
             Some(Outcome::Torn { step }) => Ok(Some(("torn", step.into_bound_py_any(py)?))),
+            Some(Outcome::Stirred { step }) => Ok(Some(("stirred", step.into_bound_py_any(py)?))),
             Some(Outcome::Failed { error, .. }) => Err(error::raise(py, &error)),
         }
     }
@@ -353,6 +354,7 @@ fn lendable_from_python<'a>(storages: &'a Bound<'_, PyAny>) -> PyResult<Cow<'a, 
             address,
             length,
             lent,
+            unmoved: false,
         })
     });
     regions.collect::<PyResult<Vec<Region>>>().map(Cow::Owned)

@@ -11,8 +11,9 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyCapsule, PyDict, PyList, PyString, PyType};
 use unbroken::Value;
-use unbroken::saver::Region;
+use unbroken::saver::{Region, WORTH_RESTING};
 use unbroken::state;
+use unbroken::store::contiguous;
 
 use crate::dlpack::{Exchange, View};
 use crate::leaf::Tensor;
@@ -119,8 +120,9 @@ impl TensorReader {
 
 /// Tensors' version counters: whether anybody was seen to write to them since.
 #[pyclass(frozen, module = "unbroken._core")]
+#[derive(Default)]
 pub(crate) struct Versions {
-    tensors: Vec<(Py<PyAny>, i64)>,
+    tensors: Vec<(Py<PyAny>, i64, Key)>,
     storages: HashSet<Key, Scatter>,
 }
 
@@ -132,10 +134,28 @@ impl Versions {
         self.storages.iter().copied().collect()
     }
 
-    /// Tell whether no counter has moved.
-    fn unchanged(&self, py: Python<'_>) -> PyResult<bool> {
-        for (tensor, version) in &self.tensors {
-            if version_of(tensor.bind(py))? != *version {
+    /// Return the storages, as `storages` does, whose counters all were the same before.
+    fn unmoved_since(&self, before: &Versions) -> HashSet<Key> {
+        let known: HashMap<Key, i64> = before
+            .tensors
+            .iter()
+            .map(|(_, version, key)| (*key, *version))
+            .collect();
+        let mut unmoved: HashSet<Key> = self.storages.iter().copied().collect();
+        for (_, version, key) in &self.tensors {
+            if known.get(key) != Some(version) {
+                unmoved.remove(key);
+            }
+        }
+        unmoved
+    }
+
+    /// Tell whether no counter has moved; given storages, none of theirs.
+    #[pyo3(signature = (among = None))]
+    fn unchanged(&self, py: Python<'_>, among: Option<HashSet<Key>>) -> PyResult<bool> {
+        let among = among.as_ref();
+        for (tensor, version, key) in &self.tensors {
+            if among.is_none_or(|among| among.contains(key)) && version_of(tensor.bind(py))? != *version {
                 return Ok(false);
             }
         }
@@ -144,19 +164,24 @@ impl Versions {
 }
 
 impl Versions {
-    /// Reads the counters of (tensor, address, length in bytes) each. A tensor made in inference mode has none and is left
-    /// out.
+    /// Reads a tensor's counter. One that was made in inference mode has none and is left out.
+    fn add(&mut self, tensor: Bound<'_, PyAny>, key: Key) -> PyResult<()> {
+        if !flag(tensor.call_method0(intern!(tensor.py(), "is_inference"))?) {
+            let version = version_of(&tensor)?;
+            self.tensors.push((tensor.unbind(), version, key));
+            self.storages.insert(key);
+        }
+        Ok(())
+    }
+
+    /// Reads the counters of (tensor, address, length in bytes) each.
     fn of(found: Vec<(Bound<'_, PyAny>, usize, usize)>) -> PyResult<Self> {
         let mut versions = Versions {
             tensors: Vec::with_capacity(found.len()),
             storages: HashSet::with_capacity_and_hasher(found.len(), Scatter),
         };
         for (tensor, address, length) in found {
-            if !flag(tensor.call_method0(intern!(tensor.py(), "is_inference"))?) {
-                let version = version_of(&tensor)?;
-                versions.tensors.push((tensor.unbind(), version));
-                versions.storages.insert((address, length));
-            }
+            versions.add(tensor, (address, length))?;
         }
         Ok(versions)
     }
@@ -221,6 +246,8 @@ pub(crate) struct Regions {
     places: HashMap<Key, Place, Scatter>,
     /// Keeps alive what the leaves view.
     held: Vec<Py<PyAny>>,
+    /// Large parameters that require no gradient.
+    frozen: Versions,
 }
 
 struct Captured {
@@ -252,6 +279,7 @@ impl Regions {
             regions: Vec::new(),
             places: HashMap::default(),
             held: Vec::new(),
+            frozen: Versions::default(),
         }
     }
 
@@ -390,6 +418,11 @@ impl Regions {
         Ok(parameters.len())
     }
 
+    /// Return the version counters of the large parameters that require no gradient, once.
+    fn take_frozen(&mut self) -> Versions {
+        std::mem::take(&mut self.frozen)
+    }
+
     /// Return (address, length in bytes) of each.
     fn spans(&self) -> Vec<(usize, usize)> {
         let span = |region: &Captured| (region.address, region.length);
@@ -397,12 +430,17 @@ impl Regions {
     }
 
     /// Return all of them for a save; what is the capture's own, or a storage of `owned`, stays as it is until an
-    /// optimizer steps.
-    fn lent(&self, owned: &Versions) -> Lent {
-        let lend = |region: &Captured| Region {
-            address: region.address,
-            length: region.length,
-            lent: region.private || owned.storages.contains(&(region.address, region.length)),
+    /// optimizer steps. To what is in `unmoved` nobody is known to have written since the last save.
+    #[pyo3(signature = (owned, unmoved = HashSet::new()))]
+    fn lent(&self, owned: &Versions, unmoved: HashSet<Key>) -> Lent {
+        let lend = |region: &Captured| {
+            let key = (region.address, region.length);
+            Region {
+                address: region.address,
+                length: region.length,
+                lent: region.private || owned.storages.contains(&key),
+                unmoved: !region.private && unmoved.contains(&key),
+            }
         };
         Lent {
             regions: self.regions.iter().map(lend).collect(),
@@ -457,7 +495,17 @@ impl Regions {
         if !reader.get().is_known(tensor) {
             return Ok(None);
         }
-        self.whole(reader.get(), tensor, attrs)
+        let leaf = self.whole(reader.get(), tensor, attrs)?;
+        if let Some(Tensor { leaf, .. }) = &leaf
+            && is_frozen(leaf)
+        {
+            let region = &self.regions[leaf.storage as usize];
+            let key = (region.address, region.length);
+            if region.length >= WORTH_RESTING {
+                self.frozen.add(tensor.clone(), key)?;
+            }
+        }
+        Ok(leaf)
     }
 
     fn whole(
@@ -501,6 +549,12 @@ impl Regions {
             attrs,
         })))
     }
+}
+
+/// Whether a leaf is a parameter that requires no gradient, and its storage's bytes in order.
+fn is_frozen(leaf: &state::Tensor) -> bool {
+    let noted = |(name, value): &(String, Value)| name == "requires_grad" && *value == Value::Bool(false);
+    leaf.attrs.iter().any(noted) && contiguous(leaf)
 }
 
 /// A parameter's name; None where a part of it is no text.

@@ -285,7 +285,7 @@ fn record_saved(new: &Run, checkpoint: &Checkpoint, outline: Outline, begun: Ins
 /// The outline of a checkpoint. Bytes are read only where neither storages' digests nor the source's journal tell it all.
 fn known_outline(checkpoint: &Checkpoint, source: &Checkpoint, history: &Story) -> Result<Outline> {
     let (tree, storages) = (checkpoint.tree(), checkpoint.storages());
-    let told = outline(tree, &storages, None);
+    let told = outline(tree, &storages, &[]);
     let mut found = told.clone();
     if let Some(save) = history.save_of(&source.info().name)
         && let Some(recorded) = history.outline(save)?
@@ -302,6 +302,6 @@ fn known_outline(checkpoint: &Checkpoint, source: &Checkpoint, history: &Story) 
             bytes[index] = checkpoint.read(index)?;
         }
     }
-    let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
-    Ok(outline(tree, &storages, Some(&bytes)))
+    let bytes: Vec<Option<&[u8]>> = bytes.iter().map(|bytes| Some(bytes.as_slice())).collect();
+    Ok(outline(tree, &storages, &bytes))
 }

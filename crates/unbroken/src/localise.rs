@@ -230,7 +230,7 @@ pub struct State<'a> {
 impl<'a> State<'a> {
     /// The state that a checkpoint holds. What the journal has recorded of it spares reading it.
     pub fn held(checkpoint: &'a Checkpoint, recorded: Option<&Outline>) -> State<'a> {
-        let mut outline = outline(checkpoint.tree(), &checkpoint.storages(), None);
+        let mut outline = outline(checkpoint.tree(), &checkpoint.storages(), &[]);
         if let Some(recorded) = recorded {
             outline.complete(recorded);
         }

@@ -17,9 +17,9 @@ use crate::store::{contiguous, key_text};
 
 /// Returns the outline of a tree.
 ///
-/// `storages` has length and digest of each storage. `bytes` has their bytes or nothing: without them, the content of a
-/// tensor that is not its storage's bytes in order cannot be told.
-pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: Option<&[&[u8]]>) -> Outline {
+/// `storages` has length and digest of each storage. `bytes` has their bytes, or of some or all nothing: without them, the
+/// content of a tensor that is not its storage's bytes in order cannot be told.
+pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: &[Option<&[u8]>]) -> Outline {
     let leaves = Leaves::of(tree);
     let contents = leaves
         .values
@@ -27,11 +27,7 @@ pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: Option<&[&[u8]]>
         .map(|leaf| match leaf {
             Value::Tensor(tensor) => {
                 let index = tensor.storage as usize;
-                content(
-                    tensor,
-                    *storages.get(index)?,
-                    bytes.and_then(|bytes| bytes.get(index).copied()),
-                )
+                content(tensor, *storages.get(index)?, bytes.get(index).copied().flatten())
             }
             plain => value::digest_value(plain)
                 .ok()

@@ -21,8 +21,8 @@ use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
 use crate::store::{
-    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, Compression, OBJECTS, Retention, Store, TMP,
-    Tuning,
+    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, Compression, Digested, OBJECTS, Retention, Still,
+    Store, TMP, Tuning,
 };
 use crate::trial;
 pub use crate::trial::{Extent, Trial};
@@ -538,15 +538,16 @@ impl Run {
     ///
     /// Nothing that was committed before is touched. A full disk's error has the bytes needed and free.
     pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
-        Ok(self.commit_memory(commit, None)?.info().clone())
+        Ok(self.commit_still(commit, Still::default())?.info().clone())
     }
 
-    /// [`Run::commit`] of storages in memory that nobody changes meanwhile: they may be written from where they are.
-    pub(crate) fn commit_still(&self, commit: Commit, memory: &[u8]) -> Result<Checkpoint> {
-        self.commit_memory(commit, Some(memory))
+    /// Digests storages as a commit does that has to know whether they are on disk already.
+    pub(crate) fn digest(&self, storages: &[&[u8]]) -> Vec<Digested> {
+        guard(&self.store).digest(storages)
     }
 
-    fn commit_memory(&self, commit: Commit, still: Option<&[u8]>) -> Result<Checkpoint> {
+    /// [`Run::commit`] of storages of which more is known.
+    pub(crate) fn commit_still(&self, commit: Commit, still: Still) -> Result<Checkpoint> {
         self.check_lock()?;
         let (step, phase) = (commit.step, commit.phase);
         let mut store = guard(&self.store);
@@ -556,7 +557,11 @@ impl Run {
             let text = format!("boundary ({step}, {phase}) is before the newest checkpoint's, {newest:?}");
             return Err(Error::invalid(text));
         }
-        let (begun, storages) = (Instant::now(), commit.storages.clone());
+        let begun = Instant::now();
+        let mut storages: Vec<Option<&[u8]>> = commit.storages.iter().copied().map(Some).collect();
+        for (index, _) in &still.known {
+            storages[*index] = None; // Nobody keeps it from changing once it is known to be on disk.
+        }
         let recorded_at = match &mut *guard(&self.journal) {
             Pen::Writing { writer, .. } => writer.recorded_at(step, phase),
             _ => None,
@@ -573,7 +578,7 @@ impl Run {
             size_bytes: checkpoint.info().size_bytes,
             new_bytes: checkpoint.info().new_bytes,
         };
-        let outline = outline(checkpoint.tree(), &checkpoint.storages(), Some(&storages));
+        let outline = outline(checkpoint.tree(), &checkpoint.storages(), &storages);
         if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
             writer.forget_before(step, phase);
             // The checkpoint is there, whatever becomes of the word about it: a journal that cannot be written is an

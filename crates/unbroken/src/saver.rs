@@ -1,9 +1,10 @@
 //! Saving in the background: the training goes on while a copy of its state is digested and written.
 //!
 //! Touches: the run that it saves to; memory that it is lent, until [`Saver::fence`] has returned. One save is under way
-//! at a time, on a thread of its own; the next one waits for it. One arena holds the copy: as large as the largest state
-//! saved so far, kept and used again.
+//! at a time, on a thread of its own; the next one waits for it. One arena holds the copy, kept and used again. What
+//! nobody has written to since the last save is not copied: it is digested where it lies.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,17 +12,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use crate::arena::{Arena, copy_all};
-use crate::digest::{self, Fingerprint};
+use crate::digest::{self, Digest, Fingerprint};
 use crate::error::{Error, Result};
 use crate::format::manifest::{Manifest, StorageEntry};
 use crate::run::Run;
 use crate::state::Value;
-use crate::store::{CheckpointInfo, Commit, Retention};
+use crate::store::{Checkpoint, CheckpointInfo, Commit, Digested, Retention, Still};
 
 /// Bytes that are copied at a time.
 const PIECE: usize = 4 << 20;
 /// Less lent memory than this is copied at once: it takes less time than to look after it.
 const WORTH_LENDING: usize = 8 << 20;
+/// Smaller storages are copied however long they did not change: it takes less than to remember them.
+pub const WORTH_RESTING: usize = 64 << 10;
+/// An arena of this many bytes is kept, however little of it is needed.
+const WORTH_GIVING_BACK: usize = 64 << 20;
 /// Where copies begin in the arena.
 const ALIGNMENT: usize = 64;
 
@@ -55,6 +60,9 @@ pub struct Region {
     pub length: usize,
     /// Whether it stays as it is until the fence. Otherwise it is copied at once.
     pub lent: bool,
+    /// Whether nobody is known to have written to it since the last save. Then it is not copied: it rests. A save that
+    /// finds it changed all the same comes to nothing, as what it was at the boundary cannot be told any more.
+    pub unmoved: bool,
 }
 
 /// What became of a save.
@@ -67,6 +75,11 @@ pub enum Outcome {
         /// The step that it was to save.
         step: u64,
     },
+    /// Memory that nobody was known to have written to is not what it was at the last save: nothing was written.
+    Stirred {
+        /// The step that it was to save.
+        step: u64,
+    },
     /// It could not be written, or older ones could not be deleted.
     Failed {
         /// The step that it was to save.
@@ -76,6 +89,9 @@ pub enum Outcome {
     },
 }
 
+/// Digests of storages by their first byte's address and their length.
+type Known = HashMap<(usize, usize), Digest>;
+
 /// Saves one run's checkpoints in the background.
 #[derive(Debug)]
 pub struct Saver {
@@ -83,6 +99,8 @@ pub struct Saver {
     state: Mutex<State>,
     /// Where the last pack has which storage.
     places: Arc<Mutex<Vec<Place>>>,
+    /// What large storages were at the last save.
+    known: Arc<Mutex<Known>>,
     /// The process that its threads are in: a fork has none of them.
     pid: u32,
 }
@@ -171,13 +189,14 @@ impl Saver {
             run,
             state: Mutex::default(),
             places: Arc::default(),
+            known: Arc::default(),
             pid: std::process::id(),
         }
     }
 
     /// Starts a save and returns. Waits first for one that is under way: its outcome must have been asked for.
     ///
-    /// What is not lent is copied before this returns. Windows of what is lent are digested, or all of it with `full`,
+    /// What is neither lent nor resting is copied before this returns. Windows of what is lent are digested, or all of it with `full`,
     /// and compared with the copy; then `confirm` is asked whether anything is known to have changed meanwhile.
     ///
     /// # Durability
@@ -190,8 +209,9 @@ impl Saver {
     ///
     /// # Safety
     ///
-    /// All regions are readable now; lent ones stay so, and are not written to, until [`Saver::fence`] has returned. (A
-    /// write before that is found out where it touches a window; it is never a data race of Rust's making alone.)
+    /// All regions are readable now; lent ones stay so, and are not written to, until [`Saver::fence`] has returned;
+    /// unmoved ones, until there is an outcome. (A write before that is found out where it touches a window, and in what
+    /// rests wherever it is; it is never a data race of Rust's making alone.)
     pub unsafe fn start(
         &self,
         save: Save,
@@ -205,18 +225,22 @@ impl Saver {
         if state.landed.is_some() {
             return Err(Error::invalid("nobody asked what became of the last save"));
         }
-        let lent: usize = regions
-            .iter()
-            .filter(|region| region.lent)
-            .map(|region| region.length)
-            .sum();
         let lengths: Vec<usize> = regions.iter().map(|region| region.length).collect();
-        let (spans, end) = lay_out(&lengths, &lock(&self.places));
+        let resting = resting(regions, &lock(&self.known));
+        let (spans, end) = lay_out(&lengths, &lock(&self.places), |index| resting[index].is_some());
         let arena = self.arena(&mut state, end)?;
         let seed = save.step;
         let (mut pieces, mut lent_spans, mut lent_bytes, mut at_once) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (region, span) in regions.iter().zip(&spans) {
+        let moving = || {
+            let pairs = regions.iter().zip(&spans).zip(&resting);
+            pairs.filter_map(|(pair, rests)| rests.is_none().then_some(pair))
+        };
+        let lent: usize = moving()
+            .filter(|(region, _)| region.lent)
+            .map(|(region, _)| region.length)
+            .sum();
+        for (region, span) in moving() {
             if lent < WORTH_LENDING || !region.lent {
                 assert!(span.end <= arena.len(), "the arena was made for all of it");
                 // SAFETY: the caller's promise; no thread uses the arena yet, and no two spans have a byte in common.
@@ -249,7 +273,8 @@ impl Saver {
             changed: Condvar::new(),
         });
         let (run, theirs) = (Arc::clone(&self.run), Arc::clone(&copying));
-        let places = Arc::clone(&self.places);
+        let (places, known) = (Arc::clone(&self.places), Arc::clone(&self.known));
+        let regions = regions.to_vec();
         let work = move || {
             give_way();
             theirs.help();
@@ -262,8 +287,26 @@ impl Saver {
             if !confirmed || expected != digest::of_each(&copies, |bytes| fingerprint(bytes, seed, full)) {
                 return Outcome::Torn { step };
             }
-            match write(&run, save, (bytes, &spans), &places) {
-                Ok(info) => Outcome::Saved(info),
+            let storage = |((region, span), rests): ((&Region, &Range<usize>), &Option<Digest>)| match rests {
+                None => &bytes[span.clone()],
+                // SAFETY: the caller's promise: what is unmoved stays readable until there is an outcome.
+                Some(_) => unsafe { look_at(region) },
+            };
+            let storages: Vec<&[u8]> = regions.iter().zip(&spans).zip(&resting).map(storage).collect();
+            let Some(digested) = digest_resting(&run, &storages, &resting) else {
+                return Outcome::Stirred { step };
+            };
+            let still = Still {
+                memory: Some(bytes),
+                known: digested,
+            };
+            match write(&run, save, storages, still) {
+                Ok(checkpoint) => {
+                    *lock(&places) = places_in(checkpoint.manifest());
+                    let storages = regions.iter().map(|region| (region.address, region.length));
+                    *lock(&known) = known_of(storages, checkpoint.manifest());
+                    Outcome::Saved(checkpoint.info().clone())
+                }
                 Err(error) => Outcome::Failed { step, error },
             }
         };
@@ -280,7 +323,7 @@ impl Saver {
         let kept = state
             .arena
             .take()
-            .filter(|arena| arena.len() >= length && Arc::strong_count(arena) == 1);
+            .filter(|arena| fits(arena.len(), length) && Arc::strong_count(arena) == 1);
         let arena = match kept {
             Some(arena) => arena,
             None => Arc::new(
@@ -290,6 +333,23 @@ impl Saver {
         };
         state.arena = Some(Arc::clone(&arena));
         Ok(arena)
+    }
+
+    /// Commits a checkpoint of memory that stays as it is until this returns, like [`Run::commit`]. What did not change
+    /// since may rest at the next save.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Run::commit`].
+    pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
+        let storages: Vec<(usize, usize)> = commit
+            .storages
+            .iter()
+            .map(|bytes| (bytes.as_ptr().addr(), bytes.len()))
+            .collect();
+        let checkpoint = self.run.commit_still(commit, Still::default())?;
+        *lock(&self.known) = known_of(storages.into_iter(), checkpoint.manifest());
+        Ok(checkpoint.info().clone())
     }
 
     /// Returns when no lent memory is read any more, copying what is left of it.
@@ -388,28 +448,60 @@ fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
     }
 }
 
-fn write(
+/// What each region was at the last save, of those that rest.
+fn resting(regions: &[Region], known: &Known) -> Vec<Option<Digest>> {
+    let rests = |region: &Region| {
+        let digest = || known.get(&(region.address, region.length)).copied();
+        region.unmoved.then(digest).flatten()
+    };
+    regions.iter().map(rests).collect()
+}
+
+/// What is to be known of storages at the next save.
+fn known_of(storages: impl Iterator<Item = (usize, usize)>, manifest: &Manifest) -> Known {
+    let entries = storages.zip(&manifest.storages);
+    entries
+        .filter(|((_, length), _)| *length >= WORTH_RESTING)
+        .map(|(key, entry)| (key, entry.digest))
+        .collect()
+}
+
+/// Digests what rests; `None` where something is not what it was.
+fn digest_resting(
     run: &Run,
-    save: Save,
-    (memory, spans): (&[u8], &[Range<usize>]),
-    places: &Mutex<Vec<Place>>,
-) -> Result<CheckpointInfo> {
+    storages: &[&[u8]],
+    resting: &[Option<Digest>],
+) -> Option<Vec<(usize, Digested)>> {
+    let indices: Vec<usize> = (0..storages.len())
+        .filter(|&index| resting[index].is_some())
+        .collect();
+    let bytes: Vec<&[u8]> = indices.iter().map(|&index| storages[index]).collect();
+    let found: Vec<(usize, Digested)> = indices.into_iter().zip(run.digest(&bytes)).collect();
+    let stayed = |(index, found): &(usize, Digested)| resting[*index] == Some(found.digest);
+    found.iter().all(stayed).then_some(found)
+}
+
+/// Whether an arena is long enough, and not so long that it wastes memory.
+fn fits(has: usize, needed: usize) -> bool {
+    has >= needed && has <= needed.saturating_mul(2).max(WORTH_GIVING_BACK)
+}
+
+fn write(run: &Run, save: Save, storages: Vec<&[u8]>, still: Still) -> Result<Checkpoint> {
     let commit = Commit {
         step: save.step,
         phase: save.phase,
         tree: save.tree,
-        storages: spans.iter().map(|span| &memory[span.clone()]).collect(),
+        storages,
         identity: save.identity,
         environment: save.environment,
         metrics: save.metrics,
         pinned: save.pinned,
     };
-    let checkpoint = run.commit_still(commit, memory)?;
-    *lock(places) = places_in(checkpoint.manifest());
+    let checkpoint = run.commit_still(commit, still)?;
     if let Some(keep) = save.keep {
         run.prune(&keep, false)?;
     }
-    Ok(checkpoint.info().clone())
+    Ok(checkpoint)
 }
 
 /// What a storage was last: its length, and where it went in the pack; `None` where it was on disk already.
@@ -437,19 +529,19 @@ fn places_in(manifest: &Manifest) -> Vec<Place> {
     manifest.storages.iter().map(place).collect()
 }
 
-/// Where in the arena each storage's copy goes, and how long the arena must be.
+/// Where in the arena each storage's copy goes, and how long the arena must be. What rests has no copy.
 ///
 /// Where the last pack was of the same storages, the arena is laid out as that one was: the next one is probably laid
 /// out so, too, and what lies in memory as in the file is written from there.
-fn lay_out(lengths: &[usize], places: &[Place]) -> (Vec<Range<usize>>, usize) {
+fn lay_out(lengths: &[usize], places: &[Place], rests: impl Fn(usize) -> bool) -> (Vec<Range<usize>>, usize) {
     let as_before = lengths.iter().eq(places.iter().map(|place| &place.length));
     let mut spans = vec![0..0; lengths.len()];
-    let mut placed = vec![false; lengths.len()];
+    let mut placed: Vec<bool> = (0..lengths.len()).map(&rests).collect();
     let mut end = 0;
     if as_before {
         let offset_of = |&index: &usize| places[index].offset;
         let mut order: Vec<usize> = (0..lengths.len())
-            .filter(|index| offset_of(index).is_some())
+            .filter(|index| !rests(*index) && offset_of(index).is_some())
             .collect();
         order.sort_by_key(offset_of);
         for index in order {
@@ -486,21 +578,27 @@ mod tests {
 
     use super::*;
 
+    fn at(length: usize, offset: Option<usize>) -> Place {
+        Place { length, offset }
+    }
+
     fn place() -> impl Strategy<Value = Place> {
-        (0..300usize, proptest::option::of(0..900usize)).prop_map(|(length, offset)| Place { length, offset })
+        (0..300usize, proptest::option::of(0..900usize)).prop_map(|(length, offset)| at(length, offset))
     }
 
     proptest! {
         #[test]
         fn no_two_copies_share_a_byte_wherever_the_last_pack_had_them(
-            places in proptest::collection::vec(place(), 0..9), other: bool
+            places in proptest::collection::vec(place(), 0..9), other: bool, resting in 0..512u32
         ) {
             let mut lengths: Vec<usize> = places.iter().map(|place| place.length).collect();
             if other {
                 lengths.push(70);
             }
-            let (spans, end) = lay_out(&lengths, &places);
-            prop_assert!(spans.iter().map(ExactSizeIterator::len).eq(lengths));
+            let rests = |index: usize| resting >> index & 1 == 1;
+            let (spans, end) = lay_out(&lengths, &places, rests);
+            let copied = lengths.iter().enumerate().map(|(index, &length)| if rests(index) { 0 } else { length });
+            prop_assert!(spans.iter().map(ExactSizeIterator::len).eq(copied));
             prop_assert!(spans.iter().all(|span| span.end <= end));
             let mut by_start: Vec<&Range<usize>> = spans.iter().filter(|span| !span.is_empty()).collect();
             by_start.sort_by_key(|span| span.start);
@@ -510,17 +608,17 @@ mod tests {
 
     #[test]
     fn copies_lie_as_the_last_pack_had_them_and_what_was_on_disk_lies_behind() {
-        let place = |length, offset| Place { length, offset };
         let places = [
-            place(10, Some(202)),
-            place(70, None),
-            place(74, Some(128)),
-            place(10, Some(202)),
+            at(10, Some(202)),
+            at(70, None),
+            at(74, Some(128)),
+            at(10, Some(202)),
         ];
-        let (spans, end) = lay_out(&[10, 70, 74, 10], &places);
+        let nothing_rests = |_| false;
+        let (spans, end) = lay_out(&[10, 70, 74, 10], &places, nothing_rests);
         assert_eq!(spans, [202..212, 256..326, 128..202, 384..394]);
         assert_eq!(end, 394);
-        let (spans, _) = lay_out(&[10, 71, 74, 10], &places);
+        let (spans, _) = lay_out(&[10, 71, 74, 10], &places, nothing_rests);
         assert_eq!(spans, [0..10, 64..135, 192..266, 320..330]);
     }
 }

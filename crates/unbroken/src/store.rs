@@ -33,6 +33,7 @@ pub(crate) use read::{Claim, verify_pack};
 use renewal::Chunks;
 pub use retention::{Best, Order, Retention};
 pub use write::Commit;
+pub(crate) use write::{Digested, Still};
 
 /// Directory of the manifests.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
@@ -652,7 +653,7 @@ pub fn key_text(key: &Value) -> Cow<'_, str> {
 }
 
 /// Whether a tensor is its storage's bytes in order, from the first on.
-pub(crate) fn contiguous(tensor: &Tensor) -> bool {
+pub fn contiguous(tensor: &Tensor) -> bool {
     let mut expected: i64 = 1;
     for (&size, &stride) in tensor.shape.iter().zip(&tensor.strides).rev() {
         if size != 1 {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,14 @@ class Snapshot:
         """Return (address, length in bytes) of each storage, in the order of the leaves' indices."""
         return self.storages.regions()
 
-    def lendable(self, owned: Owned) -> _core.Lent:
-        """Return the regions for a save, and of each whether it stays as it is until the next optimizer step."""
-        return self.storages.lent(owned.versions)
+    def lendable(self, owned: Owned, unmoved: Set[tuple[int, int]] = frozenset()) -> _core.Lent:
+        """Return the regions for a save, and of each whether it stays as it is until the next optimizer step.
+
+        Args:
+            owned: What only optimizers write to.
+            unmoved: (address, length in bytes) of what nobody is known to have written to since the last save.
+        """
+        return self.storages.lent(owned.versions, unmoved)
 
 
 def capture(

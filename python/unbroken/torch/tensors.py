@@ -10,7 +10,7 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,13 +186,18 @@ class Storages:
         """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
         return self._regions.spans()
 
-    def lent(self, owned: _core.Versions) -> _core.Lent:
+    def lent(self, owned: _core.Versions, unmoved: Set[tuple[int, int]]) -> _core.Lent:
         """Return the regions for a save, and of each whether it stays as it is until the next optimizer step.
 
         Args:
             owned: Tensors that only optimizers write to.
+            unmoved: Storages that nobody is known to have written to since the last save.
         """
-        return self._regions.lent(owned)
+        return self._regions.lent(owned, unmoved)
+
+    def take_frozen(self) -> _core.Versions:
+        """Return the version counters of large parameters that require no gradient, once."""
+        return self._regions.take_frozen()
 
     def versions(self, candidates: list[torch.Tensor], least_bytes: int) -> _core.Versions:
         """Return the version counters of tensors whose storage on the CPU has at least so many bytes."""

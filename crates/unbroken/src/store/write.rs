@@ -20,7 +20,7 @@ use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Kn
 use super::{is_damage, pack_tensors};
 use super::{leaf_of, pack_writer, random_name, temporary_name};
 use crate::arena::Arena;
-use crate::digest::{self, Digest, Fingerprint, GROUP, Scattered, WINDOWS};
+use crate::digest::{self, Assembly, Digest, Fingerprint, GROUP, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::{self, PackLayout};
@@ -54,9 +54,20 @@ const SAMPLE: u64 = 1;
 /// What a storage's bytes are by that sample.
 type Sample = [Fingerprint; WINDOWS];
 
-/// What digesting a storage first has told.
-struct Found {
-    digest: Digest,
+/// What more than their bytes is known of a commit's storages.
+#[derive(Debug, Default)]
+pub(crate) struct Still<'a> {
+    /// What lies in there nobody changes meanwhile: it may be written from where it is.
+    pub memory: Option<&'a [u8]>,
+    /// Storages that were digested already.
+    pub known: Vec<(usize, Digested)>,
+}
+
+/// What digesting a storage has told.
+#[derive(Debug)]
+pub(crate) struct Digested {
+    /// Of all of it.
+    pub digest: Digest,
     /// Of a large one.
     chunks: Option<Chunks>,
 }
@@ -130,7 +141,7 @@ struct NewPack {
 /// What a commit will do.
 struct Plan {
     samples: Vec<Sample>,
-    found: Vec<Option<Found>>,
+    found: Vec<Option<Digested>>,
     origins: Vec<Origin>,
     packs: Vec<PackEntry>,
     new: Vec<NewPack>,
@@ -198,8 +209,7 @@ impl Plan {
 }
 
 impl Store {
-    /// Writes one checkpoint. What of the storages lies in `still` nobody changes meanwhile: it may be written from where
-    /// it is.
+    /// Writes one checkpoint.
     ///
     /// # Durability
     ///
@@ -215,10 +225,10 @@ impl Store {
         life: u32,
         created: String,
         journal_head: Digest,
-        still: Option<&[u8]>,
+        still: Still,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
-        let mut plan = self.plan(&commit)?;
+        let mut plan = self.plan(&commit, still.known)?;
         let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
@@ -246,7 +256,13 @@ impl Store {
         self.check_space(needed)?;
 
         let mut made = Vec::new();
-        let published = self.publish_all((&mut manifest, draft), &plan, &commit.storages, still, &mut made);
+        let published = self.publish_all(
+            (&mut manifest, draft),
+            &plan,
+            &commit.storages,
+            still.memory,
+            &mut made,
+        );
         let name = match published {
             Ok(name) => name,
             Err(error) => {
@@ -363,13 +379,13 @@ impl Store {
     }
 
     /// Decides which storages are on disk already and lays out the rest.
-    fn plan(&mut self, commit: &Commit) -> Result<Plan> {
+    fn plan(&mut self, commit: &Commit, known: Vec<(usize, Digested)>) -> Result<Plan> {
         let storages = &commit.storages;
         let samples = digest::of_each(storages, |bytes| Fingerprint::of_windows(bytes, SAMPLE));
         let sparse: Vec<bool> = (0..storages.len())
             .map(|index| self.is_sparse(index, storages, &samples))
             .collect();
-        let found = self.digest_doubtful(storages, &samples);
+        let found = self.digest_doubtful(storages, &samples, known);
         let (fates, renewals) = self.decide(storages, &found)?;
         let mut used: HashMap<String, u64> = HashMap::new();
         for (fate, bytes) in fates.iter().zip(storages) {
@@ -476,7 +492,11 @@ impl Store {
     }
 
     /// Decides storage by storage, as if each were alone.
-    fn decide(&mut self, storages: &[&[u8]], found: &[Option<Found>]) -> Result<(Vec<Fate>, Vec<Renewal>)> {
+    fn decide(
+        &mut self,
+        storages: &[&[u8]],
+        found: &[Option<Digested>],
+    ) -> Result<(Vec<Fate>, Vec<Renewal>)> {
         let mut first: HashMap<(Digest, u64), usize, Scattered> = HashMap::default();
         let mut usable: HashMap<String, bool> = HashMap::new();
         let (mut fates, mut renewals) = (Vec::with_capacity(storages.len()), Vec::new());
@@ -504,7 +524,7 @@ impl Store {
         &mut self,
         index: usize,
         bytes: &[u8],
-        found: &Found,
+        found: &Digested,
         usable: &mut HashMap<String, bool>,
     ) -> Result<Option<Renewal>> {
         let Some(Habit {
@@ -562,7 +582,16 @@ impl Store {
     /// Digests the storages that may be on disk already, or equal to each other, or have changed in few places. The
     /// others are taken for new: they changed from the last commit but one to the last and again since, or nothing of
     /// their length is anywhere.
-    fn digest_doubtful(&self, storages: &[&[u8]], samples: &[Sample]) -> Vec<Option<Found>> {
+    fn digest_doubtful(
+        &self,
+        storages: &[&[u8]],
+        samples: &[Sample],
+        known: Vec<(usize, Digested)>,
+    ) -> Vec<Option<Digested>> {
+        let mut found: Vec<Option<Digested>> = storages.iter().map(|_| None).collect();
+        for (index, digested) in known {
+            found[index] = Some(digested);
+        }
         // How often each length occurs, here and on disk. Where all storages do as before, nobody asks.
         let lengths = LazyCell::new(|| {
             let mut counts: HashMap<u64, usize> = HashMap::new();
@@ -582,23 +611,31 @@ impl Store {
             let as_before = changes && !self.is_sparse(index, storages, samples) && differs();
             as_before || lengths[&length] == 1
         };
-        let doubtful: Vec<usize> = (0..storages.len()).filter(|&index| !is_new(index)).collect();
-        let region = |&index: &usize| {
-            let bytes = storages[index];
-            let large = self.is_large(bytes);
-            (bytes, if large { chunk_size(bytes.len()) } else { GROUP })
-        };
-        let regions: Vec<(&[u8], usize)> = doubtful.iter().map(region).collect();
-        let mut found: Vec<Option<Found>> = storages.iter().map(|_| None).collect();
-        for (index, assembly) in doubtful.into_iter().zip(digest_all(&regions)) {
-            found[index] = Some(Found {
-                digest: assembly.finish(),
-                chunks: self
-                    .is_large(storages[index])
-                    .then(|| assembly.into_values().into()),
-            });
+        let doubtful: Vec<usize> = (0..storages.len())
+            .filter(|&index| found[index].is_none() && !is_new(index))
+            .collect();
+        let bytes: Vec<&[u8]> = doubtful.iter().map(|&index| storages[index]).collect();
+        for (index, digested) in doubtful.into_iter().zip(self.digest(&bytes)) {
+            found[index] = Some(digested);
         }
         found
+    }
+
+    /// Digests storages, large ones by chunks.
+    pub(crate) fn digest(&self, storages: &[&[u8]]) -> Vec<Digested> {
+        let grain = |bytes: &[u8]| {
+            if self.is_large(bytes) {
+                chunk_size(bytes.len())
+            } else {
+                GROUP
+            }
+        };
+        let regions: Vec<(&[u8], usize)> = storages.iter().map(|&bytes| (bytes, grain(bytes))).collect();
+        let digested = |(bytes, assembly): (&&[u8], Assembly)| Digested {
+            digest: assembly.finish(),
+            chunks: self.is_large(bytes).then(|| assembly.into_values().into()),
+        };
+        storages.iter().zip(digest_all(&regions)).map(digested).collect()
     }
 
     /// Takes note of which storages change from one commit to the next, and how, and are equal to no other.
@@ -607,14 +644,14 @@ impl Store {
         storages: &[StorageEntry],
         bytes: &[&[u8]],
         samples: &[Sample],
-        found: Vec<Option<Found>>,
+        found: Vec<Option<Digested>>,
     ) {
         let mut counts: HashMap<&Digest, usize, Scattered> =
             HashMap::with_capacity_and_hasher(storages.len(), Scattered);
         for storage in storages {
             *counts.entry(&storage.digest).or_default() += 1;
         }
-        let habit = |((index, storage), found): ((usize, &StorageEntry), Option<Found>)| {
+        let habit = |((index, storage), found): ((usize, &StorageEntry), Option<Digested>)| {
             let there = self.places.contains_key(&(storage.digest, storage.length));
             let old = self.habit(index, bytes);
             let unknown = old.is_none_or(|old| old.windows.is_none());
@@ -735,7 +772,7 @@ impl Store {
 fn take_coded(
     made: &mut Made,
     dense: &mut Vec<Addition>,
-    found: &mut [Option<Found>],
+    found: &mut [Option<Digested>],
     tree: &Value,
 ) -> Result<Vec<Addition>> {
     let coded = std::mem::take(&mut made.compressed);
@@ -747,7 +784,7 @@ fn take_coded(
             Some(found) if found.digest != coded.digest => return Err(changed(tree, storage)),
             Some(_) => {}
             None => {
-                found[storage] = Some(Found {
+                found[storage] = Some(Digested {
                     digest: coded.digest,
                     chunks: None,
                 });
@@ -772,7 +809,7 @@ fn changed(tree: &Value, storage: usize) -> Error {
 fn lay_out(
     commit: &Commit,
     samples: Vec<Sample>,
-    found: Vec<Option<Found>>,
+    found: Vec<Option<Digested>>,
     fates: &[Fate],
     additions: [Vec<Addition>; 3],
     made: Made,
