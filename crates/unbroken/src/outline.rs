@@ -4,6 +4,7 @@
 //! is written or from its manifest. The journal keeps one for each checkpoint (format/saved.rs), also of those that
 //! retention has deleted.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -20,24 +21,83 @@ use crate::store::{contiguous, key_text};
 /// `storages` has length and digest of each storage. `bytes` has their bytes, or of some or all nothing: without them, the
 /// content of a tensor that is not its storage's bytes in order cannot be told.
 pub fn outline(tree: &Value, storages: &[(u64, Digest)], bytes: &[Option<&[u8]>]) -> Outline {
-    let leaves = Leaves::of(tree);
-    let contents = leaves
-        .values
-        .iter()
-        .map(|leaf| match leaf {
+    outline_with(nodes_of(tree), tree, storages, bytes)
+}
+
+/// The nodes of a tree's outline.
+pub(crate) fn nodes_of(tree: &Value) -> Arc<Vec<Node>> {
+    Arc::new(Leaves::of(tree).nodes)
+}
+
+/// [`outline`] of a tree whose nodes are known.
+pub(crate) fn outline_with(
+    nodes: Arc<Vec<Node>>,
+    tree: &Value,
+    storages: &[(u64, Digest)],
+    bytes: &[Option<&[u8]>],
+) -> Outline {
+    let mut contents = Vec::new();
+    each_leaf(tree, true, &mut |leaf| {
+        contents.push(match leaf {
             Value::Tensor(tensor) => {
                 let index = tensor.storage as usize;
-                content(tensor, *storages.get(index)?, bytes.get(index).copied().flatten())
+                let bytes = bytes.get(index).copied().flatten();
+                storages
+                    .get(index)
+                    .and_then(|storage| content(tensor, *storage, bytes))
             }
             plain => value::digest_value(plain)
                 .ok()
                 .map(|digest| Content::cut(&digest)),
-        })
-        .collect();
-    Outline {
-        nodes: Arc::new(leaves.nodes),
-        contents,
+        });
+    });
+    Outline { nodes, contents }
+}
+
+/// Calls `visit` for each leaf below a value, in the order of its nodes. `at_top`: its path is empty.
+fn each_leaf<'t>(value: &'t Value, at_top: bool, visit: &mut dyn FnMut(&'t Value)) {
+    let parts = parts(value, at_top);
+    if is_leaf(value, &parts) {
+        visit(value);
     }
+    for (part, item) in parts {
+        each_leaf(item, at_top && part.is_empty(), visit);
+    }
+}
+
+/// The parts of a value that have paths of their own, and what those end with, without what comparisons leave out.
+fn parts(value: &Value, at_top: bool) -> Vec<(Cow<'_, str>, &Value)> {
+    match value {
+        Value::Dict(items) => {
+            let kept = |key: &Value| !at_top || !matches!(key, Value::Str(name) if name == UNTOUCHED);
+            let kept = items.iter().filter(|(key, _)| kept(key));
+            kept.map(|(key, item)| (key_text(key), item)).collect()
+        }
+        Value::Object { fields, .. } => {
+            let fields = fields.iter();
+            fields
+                .map(|(name, item)| (Cow::Borrowed(name.as_str()), item))
+                .collect()
+        }
+        Value::List(items) | Value::Tuple(items) if items.iter().any(branches) => {
+            let numbered = items.iter().enumerate();
+            numbered
+                .map(|(index, item)| (Cow::Owned(index.to_string()), item))
+                .collect()
+        }
+        Value::Tensor(tensor) => {
+            let nested = tensor.attrs.iter().filter(|(_, value)| branches(value));
+            nested
+                .map(|(name, item)| (Cow::Borrowed(name.as_str()), item))
+                .collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Whether a value with these parts has content of its own.
+fn is_leaf(value: &Value, parts: &[(Cow<'_, str>, &Value)]) -> bool {
+    parts.is_empty() || matches!(value, Value::Tensor(_))
 }
 
 /// A tree's nodes, and its leaves' values in the same order.
@@ -58,47 +118,26 @@ impl<'t> Leaves<'t> {
     }
 
     fn node(&mut self, path: String, value: &'t Value) {
-        let below = |part: &str| {
-            if path.is_empty() {
-                part.to_owned()
-            } else {
-                [&path, "/", part].concat()
-            }
-        };
-        let parts: Vec<(String, &'t Value)> = match value {
-            Value::Dict(items) => {
-                let kept =
-                    |key: &Value| !path.is_empty() || !matches!(key, Value::Str(name) if name == UNTOUCHED);
-                let kept = items.iter().filter(|(key, _)| kept(key));
-                kept.map(|(key, item)| (below(&key_text(key)), item)).collect()
-            }
-            Value::Object { fields, .. } => fields.iter().map(|(name, item)| (below(name), item)).collect(),
-            Value::List(items) | Value::Tuple(items) if items.iter().any(branches) => items
-                .iter()
-                .enumerate()
-                .map(|(index, item)| (below(&index.to_string()), item))
-                .collect(),
-            Value::Tensor(tensor) => {
-                let nested = tensor.attrs.iter().filter(|(_, value)| branches(value));
-                nested.map(|(name, item)| (below(name), item)).collect()
-            }
-            _ => Vec::new(),
-        };
+        let parts = parts(value, path.is_empty());
         let layout = match value {
             Value::Tensor(tensor) => self.layout(&path, tensor),
             _ => String::new(),
         };
-        let leaf = parts.is_empty() || matches!(value, Value::Tensor(_));
+        let leaf = is_leaf(value, &parts);
         if leaf {
             self.values.push(value);
         }
+        let below: Vec<(String, &Value)> = parts
+            .into_iter()
+            .map(|(part, item)| (join(&path, &part), item))
+            .collect();
         self.nodes.push(Node {
             path,
             what: what(value),
             layout,
             leaf,
         });
-        for (path, part) in parts {
+        for (path, part) in below {
             self.node(path, part);
         }
     }
@@ -118,6 +157,14 @@ impl<'t> Leaves<'t> {
             layout.push_str(&format!("memory shared with `{owner}`"));
         }
         layout
+    }
+}
+
+fn join(path: &str, part: &str) -> String {
+    if path.is_empty() {
+        part.to_owned()
+    } else {
+        [path, "/", part].concat()
     }
 }
 

@@ -16,7 +16,7 @@ use crate::format::saved::{Outline, Saved};
 use crate::format::{FORMAT_VERSION, Flaw};
 pub use crate::journal::Difference;
 use crate::journal::{self, Boundary, JOURNAL, Journal, Story, Tail, Writer};
-use crate::outline::outline;
+use crate::outline::{nodes_of, outline_with};
 use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
@@ -578,7 +578,9 @@ impl Run {
             size_bytes: checkpoint.info().size_bytes,
             new_bytes: checkpoint.info().new_bytes,
         };
-        let outline = outline(checkpoint.tree(), &checkpoint.storages(), &storages);
+        let tree = checkpoint.tree();
+        let nodes = checkpoint.form().nodes.get_or_init(|| nodes_of(tree));
+        let outline = outline_with(Arc::clone(nodes), tree, &checkpoint.storages(), &storages);
         if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
             writer.forget_before(step, phase);
             // The checkpoint is there, whatever becomes of the word about it: a journal that cannot be written is an

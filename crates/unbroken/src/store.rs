@@ -5,6 +5,7 @@
 //! their names, the names' sync; then the same for the manifest. Any prefix of it leaves garbage, never damage.
 
 mod compression;
+mod form;
 mod pack_writer;
 mod parallel;
 mod read;
@@ -28,6 +29,7 @@ use crate::storage::disk::DiskStorage;
 
 use compression::Bases;
 pub use compression::Compression;
+use form::{Form, Shown};
 use pack_writer::Buffers;
 pub(crate) use read::{Claim, verify_pack};
 use renewal::Chunks;
@@ -122,16 +124,18 @@ pub struct Checkpoint {
     directory: Directory,
     info: Arc<CheckpointInfo>,
     manifest: Arc<Manifest>,
+    form: Arc<Form>,
     /// What was found of storages in pieces when they were read.
     chunks: Arc<Mutex<HashMap<usize, Chunks>>>,
 }
 
 impl Checkpoint {
-    fn new(directory: &Directory, name: &str, manifest: Manifest) -> Checkpoint {
+    fn new(directory: &Directory, name: &str, manifest: Arc<Manifest>, form: Arc<Form>) -> Checkpoint {
         Checkpoint {
             directory: directory.clone(),
             info: Arc::new(CheckpointInfo::new(directory, name, &manifest)),
-            manifest: Arc::new(manifest),
+            manifest,
+            form,
             chunks: Arc::default(),
         }
     }
@@ -158,6 +162,11 @@ impl Checkpoint {
 
     pub(crate) fn shared_manifest(&self) -> Arc<Manifest> {
         Arc::clone(&self.manifest)
+    }
+
+    /// What follows from the form of its tree.
+    pub(crate) fn form(&self) -> &Form {
+        &self.form
     }
 
     /// (length in bytes, digest) of each storage.
@@ -226,7 +235,9 @@ impl Checkpoint {
                 found: name.to_owned(),
             });
         }
-        Ok(Checkpoint::new(directory, name, manifest))
+        let manifest = Arc::new(manifest);
+        let form = Form::of(Arc::clone(&manifest));
+        Ok(Checkpoint::new(directory, name, manifest, form))
     }
 }
 
@@ -359,6 +370,8 @@ pub struct Store {
     spare: Option<String>,
     /// What compressed storages are differences to.
     bases: Option<Bases>,
+    /// The last commit's form.
+    form: Option<Arc<Form>>,
     /// Why the last prune deleted no pack, if it did not.
     held_up: Option<String>,
     /// What was noticed since it was last asked for.
@@ -429,6 +442,7 @@ impl Store {
             read_back: BTreeSet::new(),
             spare: None,
             bases: None,
+            form: None,
             held_up: None,
             notices: Vec::new(),
         };
@@ -679,11 +693,7 @@ pub(crate) fn leaf_of(tree: &Value, storage: usize) -> String {
 
 /// Names for what goes into a pack: a storage's first leaf's path, made unique, and its look if it is the whole storage
 /// that is written; otherwise what else it is, and how many bytes.
-fn pack_tensors(
-    tree: &Value,
-    storages: &[&[u8]],
-    new: &[(usize, Option<(&'static str, u64)>)],
-) -> Vec<pack::PackTensor> {
+fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[Shown]) -> Vec<pack::PackTensor> {
     // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
     type Look<'t> = Option<(&'t str, &'t [u64])>;
     let mut first: Vec<Option<(String, Look)>> = vec![None; storages.len()];
@@ -695,7 +705,7 @@ fn pack_tensors(
         }
     });
     let mut taken = HashSet::new();
-    let describe = |&(index, other): &(usize, Option<(&'static str, u64)>)| {
+    let describe = |&(index, other): &Shown| {
         let (mut path, mut look) = first[index].take().unwrap_or_default();
         if let Some((what, _)) = other {
             look = None;

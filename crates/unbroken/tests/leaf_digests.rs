@@ -450,3 +450,60 @@ fn a_save_says_how_long_it_took_and_what_it_added() {
     assert!(story.saves[1].saved.durable_us >= 30_000, "from the boundary on");
     assert!(story.saves[1].saved.commit_us < story.saves[1].saved.durable_us);
 }
+
+#[test]
+fn a_state_whose_form_changes_between_saves_is_told_and_packed_as_it_is_each_time() {
+    let place = tempfile::tempdir().unwrap();
+    let (path, alone) = (place.path().join("run"), place.path().join("alone"));
+    let state = |name: &str, attr: &str, count: Value| {
+        let mut tree = dict(vec![
+            (name, view(&[2], &[1], 0, 0)),
+            ("w", leaf(1, 8)),
+            ("n", count),
+        ]);
+        if let Value::Dict(items) = &mut tree
+            && let Value::Tensor(tensor) = &mut items[0].1
+        {
+            tensor.attrs = vec![(attr.to_owned(), Value::Bool(true))];
+        }
+        tree
+    };
+    let states = [
+        state("v", "flag", Value::Int(1)),
+        state("v", "flag", Value::Int(2)),  // The same form.
+        state("u", "flag", Value::Int(3)),  // Another name.
+        state("u", "other", Value::Int(4)), // Another look.
+        state("u", "other", Value::None),   // A value of another type.
+        state("v", "flag", Value::Int(6)),  // The first form again.
+    ];
+    let run = new_run(&path);
+    for (step, tree) in states.iter().enumerate() {
+        let number = step as f32;
+        let storages = [floats(&[number, 0.5]), vec![step as u8; 32]];
+        commit(&run, step as u64, tree.clone(), &storages);
+        let fresh = alone.join(step.to_string());
+        run_of(&fresh, tree.clone(), &storages);
+        let story = read_story(&path).unwrap();
+        let saved = story.saves.last().unwrap();
+        assert_eq!(
+            story.outline(saved).unwrap().unwrap(),
+            outline(&fresh),
+            "step {step}"
+        );
+        assert_eq!(header(&path, step), header(&fresh, 0), "step {step}");
+    }
+    run.close().unwrap();
+}
+
+/// The header of the pack that a step's checkpoint added.
+fn header(path: &Path, step: usize) -> Vec<u8> {
+    let run = read_run(path).unwrap();
+    let mut checkpoints = run.checkpoints.iter();
+    let checkpoint = checkpoints
+        .find(|checkpoint| checkpoint.info().step == step as u64)
+        .unwrap();
+    let pack = checkpoint.manifest().packs.last().unwrap();
+    let bytes = std::fs::read(path.join("objects").join(&pack.name)).unwrap();
+    let (length, _) = bytes.split_first_chunk().unwrap();
+    bytes[..8 + u64::from_le_bytes(*length) as usize].to_vec()
+}

@@ -12,18 +12,19 @@ use std::cell::LazyCell;
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::compression::{Against, Bases, Candidate, Compressed, Made, compress, memory_for, widths};
+use super::form::{Form, Packed, pack_as_before};
 use super::read::{digest_all, is_there, open_pack};
 use super::renewal::{Chunks, Renewal, chunk_size, digests_of, settle};
 use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Known, OBJECTS, Store};
-use super::{is_damage, pack_tensors};
-use super::{leaf_of, pack_writer, random_name, temporary_name};
+use super::{is_damage, leaf_of, pack_writer, random_name, temporary_name};
 use crate::arena::Arena;
 use crate::digest::{self, Assembly, Digest, Fingerprint, GROUP, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
-use crate::format::pack::{self, PackLayout};
+use crate::format::pack::PackLayout;
 use crate::state::Value;
 use crate::storage::{File, already_exists};
 
@@ -134,8 +135,14 @@ impl Addition {
 struct NewPack {
     /// Index among the manifest's packs.
     number: u32,
-    layout: PackLayout,
+    packed: Packed,
     additions: Vec<Addition>,
+}
+
+impl NewPack {
+    fn layout(&self) -> &PackLayout {
+        &self.packed.layout
+    }
 }
 
 /// What a commit will do.
@@ -171,7 +178,7 @@ impl Packs {
 
 impl Plan {
     fn new_bytes(&self) -> u64 {
-        self.new.iter().map(|pack| pack.layout.length).sum()
+        self.new.iter().map(|pack| pack.layout().length).sum()
     }
 
     /// What the manifest says of the storages, but for digests that are not known before what is new is written.
@@ -181,7 +188,7 @@ impl Plan {
             let (digest, place) = match origin {
                 Origin::At(place) => (digest, place.clone()),
                 Origin::New(pack, position) => {
-                    let (number, layout) = (self.new[*pack].number, &self.new[*pack].layout);
+                    let (number, layout) = (self.new[*pack].number, self.new[*pack].layout());
                     let offset = layout.offsets[*position];
                     (
                         Some(digest.unwrap_or(Digest([0; 32]))),
@@ -228,7 +235,8 @@ impl Store {
         still: Still,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
-        let mut plan = self.plan(&commit, still.known)?;
+        let form = self.form.take().filter(|form| form.is_of(&commit.tree));
+        let mut plan = self.plan(&commit, still.known, form.as_deref())?;
         let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
@@ -278,7 +286,11 @@ impl Store {
             bases.note(&plan.made);
         }
         self.remember(&manifest.storages, &commit.storages, &plan.samples, plan.found);
-        let checkpoint = Checkpoint::new(&self.directory, &name, manifest);
+        let manifest = Arc::new(manifest);
+        let form = form.unwrap_or_else(|| Form::of(Arc::clone(&manifest)));
+        form.note(plan.new.into_iter().map(|new| new.packed).collect());
+        self.form = Some(Arc::clone(&form));
+        let checkpoint = Checkpoint::new(&self.directory, &name, manifest, form);
         self.admit(&checkpoint, true);
         Ok(checkpoint)
     }
@@ -293,14 +305,14 @@ impl Store {
         made: &mut Vec<String>,
     ) -> Result<String> {
         let mut written = Vec::with_capacity(plan.new.len());
-        let largest = plan.new.iter().map(|new| new.layout.length).max();
+        let largest = plan.new.iter().map(|new| new.layout().length).max();
         for new in &plan.new {
             let name = format!("{OBJECTS}/{}", plan.packs[new.number as usize].name);
             let spare = self
                 .spare
-                .take_if(|_| largest == Some(new.layout.length) && largest >= Some(self.tuning.reuse_from));
+                .take_if(|_| largest == Some(new.layout().length) && largest >= Some(self.tuning.reuse_from));
             let (temporary, file) = self.open_temporary(spare, made)?;
-            file.reserve(new.layout.length)?;
+            file.reserve(new.layout().length)?;
             written.push(self.write_pack(&file, new, storages, still, &manifest.tree)?);
             self.publish(&file, &temporary, &name, OBJECTS, made)?;
         }
@@ -328,10 +340,10 @@ impl Store {
         still: Option<&[u8]>,
         tree: &Value,
     ) -> Result<Vec<Digest>> {
-        let in_order = || new.layout.order.iter().map(|&at| (at, &new.additions[at]));
+        let in_order = || new.layout().order.iter().map(|&at| (at, &new.additions[at]));
         let parts: Vec<Vec<&[u8]>> = in_order().map(|(_, addition)| addition.parts(storages)).collect();
         let regions = parts.iter().flatten().copied();
-        let digests = pack_writer::write(file, &new.layout.header, regions, still, &mut self.buffers)?;
+        let digests = pack_writer::write(file, &new.layout().header, regions, still, &mut self.buffers)?;
         let mut digests = digests.as_slice();
         let mut written = vec![Digest([0; 32]); new.additions.len()];
         for ((at, addition), parts) in in_order().zip(&parts) {
@@ -379,7 +391,7 @@ impl Store {
     }
 
     /// Decides which storages are on disk already and lays out the rest.
-    fn plan(&mut self, commit: &Commit, known: Vec<(usize, Digested)>) -> Result<Plan> {
+    fn plan(&mut self, commit: &Commit, known: Vec<(usize, Digested)>, form: Option<&Form>) -> Result<Plan> {
         let storages = &commit.storages;
         let samples = digest::of_each(storages, |bytes| Fingerprint::of_windows(bytes, SAMPLE));
         let sparse: Vec<bool> = (0..storages.len())
@@ -430,7 +442,14 @@ impl Store {
         }
         let mut made = self.compress(commit, &candidates, &fates)?;
         let coded = take_coded(&mut made, &mut dense, &mut found, &commit.tree)?;
-        lay_out(commit, samples, found, &fates, [lasting, coded, dense], made)
+        lay_out(
+            (commit, form),
+            samples,
+            found,
+            &fates,
+            [lasting, coded, dense],
+            made,
+        )
     }
 
     /// Codes those storages that are worth it, where that was asked for.
@@ -807,7 +826,7 @@ fn changed(tree: &Value, storage: usize) -> Error {
 
 /// Lays the new packs out, and says where everything is then.
 fn lay_out(
-    commit: &Commit,
+    (commit, form): (&Commit, Option<&Form>),
     samples: Vec<Sample>,
     found: Vec<Option<Digested>>,
     fates: &[Fate],
@@ -834,11 +853,11 @@ fn lay_out(
     }
     let mut new: Vec<NewPack> = Vec::new();
     for additions in additions.into_iter().filter(|additions| !additions.is_empty()) {
-        let shown: Vec<_> = additions
+        let shown = additions
             .iter()
-            .map(|addition| (addition.storage, addition.shown()))
-            .collect();
-        let layout = pack::plan(&pack_tensors(&commit.tree, &commit.storages, &shown))?;
+            .map(|addition| (addition.storage, addition.shown()));
+        let packed = pack_as_before(form, &commit.tree, &commit.storages, shown.collect())?;
+        let layout = &packed.layout;
         let number = packs.number(&PackEntry {
             name: format!("{}.safetensors", random_name()?),
             length: layout.length,
@@ -856,7 +875,7 @@ fn lay_out(
         }
         new.push(NewPack {
             number,
-            layout,
+            packed,
             additions,
         });
     }
