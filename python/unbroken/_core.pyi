@@ -279,6 +279,8 @@ class Regions:
         tensor whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are
         where there is no such.
         """
+    def have_live(self, least_bytes: int) -> bool:
+        """Tell whether one of at least so many bytes is live memory, and not the capture's own."""
     def take_frozen(self) -> Versions:
         """Return the version counters of the large parameters that require no gradient, once."""
     def lent(self, owned: Versions, unmoved: Set[tuple[int, int]] = ...) -> Lent:

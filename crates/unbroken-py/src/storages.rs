@@ -55,17 +55,13 @@ impl TensorReader {
         self.find_large(tensors, least_bytes, None)
     }
 
-    /// Read the version counters of those among the tensors that `large` would return and that have one. Where no region
-    /// is as large and not the capture's own, nobody needs them, and none is read.
+    /// Read the version counters of those among the tensors that `large` would return and that have one.
     fn versions(
         &self,
         tensors: Vec<Bound<'_, PyAny>>,
         least_bytes: u64,
         regions: PyRef<'_, Regions>,
     ) -> PyResult<Versions> {
-        if !regions.have_live(least_bytes) {
-            return Versions::of(Vec::new());
-        }
         Versions::of(self.find_large(tensors, least_bytes, Some(&regions))?)
     }
 }
@@ -429,6 +425,12 @@ impl Regions {
         self.regions.iter().map(span).collect()
     }
 
+    /// Tell whether one of at least so many bytes is live memory, and not the capture's own.
+    fn have_live(&self, least_bytes: u64) -> bool {
+        let is_one = |region: &Captured| !region.private && region.length as u64 >= least_bytes;
+        self.regions.iter().any(is_one)
+    }
+
     /// Return all of them for a save; what is the capture's own, or a storage of `owned`, stays as it is until an
     /// optimizer steps. To what is in `unmoved` nobody is known to have written since the last save.
     #[pyo3(signature = (owned, unmoved = HashSet::new()))]
@@ -449,12 +451,6 @@ impl Regions {
 }
 
 impl Regions {
-    /// Whether a region of at least so many bytes is live memory.
-    fn have_live(&self, least_bytes: u64) -> bool {
-        let is_one = |region: &Captured| !region.private && region.length as u64 >= least_bytes;
-        self.regions.iter().any(is_one)
-    }
-
     fn push(&mut self, address: usize, length: usize, private: bool) -> u32 {
         self.regions.push(Captured {
             address,

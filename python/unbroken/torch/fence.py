@@ -31,7 +31,9 @@ class Owned:
     """
 
     def __init__(self, objects: Iterable[object], storages: Storages) -> None:
-        candidates = [part for item in objects for part in _tensors_of(item)]
+        # Where all are small, nothing is lent, and thousands need not be asked.
+        lends = storages.have_live(LEND_FROM_BYTES)
+        candidates = [part for item in objects for part in _tensors_of(item)] if lends else []
         self.versions = storages.versions(candidates, LEND_FROM_BYTES)
         self._unchanged: bool | None = None
 

@@ -86,9 +86,9 @@ def add_names(names: Names, name: str, module: torch.nn.Module) -> None:
     for path, part in walk(module):
         place = _join(name, path)
         names.add("module", place, part)
-        for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is not None:
-                names.add("tensor", _join(place, key), tensor)
+        prefix = f"{place}." if place else ""
+        names.add_members("tensor", prefix, part._parameters)
+        names.add_members("tensor", prefix, part._buffers)
     names.add("module", name, module)
 
 

@@ -120,6 +120,15 @@ class Names:
         self._names.setdefault(id(item), entry)
         self._objects.setdefault(entry, item)
 
+    def add_members(self, kind: str, prefix: str, members: Mapping[str, object]) -> None:
+        """Add objects, None left out, under their names behind a prefix. A model has thousands of parameters."""
+        name_once, find_once = self._names.setdefault, self._objects.setdefault
+        for key, item in members.items():
+            if item is not None:
+                entry = (kind, f"{prefix}{key}")
+                name_once(id(item), entry)
+                find_once(entry, item)
+
     def name(self, item: object, kind: str) -> str | None:
         """Return an object's name, or None."""
         found = self._names.get(id(item))
