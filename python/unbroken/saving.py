@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Saves:
         self._compress: Compression | None = compress
         self._level = level
         self._disk, self._say = disk, say
-        self._fence = Fence(self._end_lending)
+        self._fence = Fence(self._optimizer_steps)
         self._lent: tuple[Snapshot, Owned] | None = None
         self._under_way: _UnderWay | None = None
         # Frozen parameters as they were at the last save: what nobody has written to since is not copied again.
@@ -91,7 +92,7 @@ class Saves:
         self._quiet_until: tuple[int, float] = (0, 0.0)
         # What saving costs is measured where the policy asks for it.
         self.weighs = policy.continuous is not None
-        self._cost = Cost(now)
+        self._cost: Cost | None = None
         self.has_news = self.weighs
 
     def due(self, step: int, phase: int) -> bool:
@@ -109,7 +110,6 @@ class Saves:
             seconds_since_last=now - self._last_durable,
             saving=self._under_way is not None,
             cost=self._cost,
-            now=now,
         )
 
     def save(
@@ -147,8 +147,10 @@ class Saves:
                 self._frozen = frozen
         else:
             self._start(captured, checkpoint, before, frozen, unmoved)
-        self._cost.begin()
-        self._cost.stood(time.monotonic() - begun)
+        if self._cost is not None:
+            now = time.monotonic()
+            self._cost.begin()
+            self._cost.stood(now - begun, now=now)
 
     def hear(self) -> None:
         """At a step's boundary: learn what became of the save that is under way, if it is over.
@@ -156,14 +158,17 @@ class Saves:
         Raises:
             StorageError: It could not be written.
         """
-        if self.weighs:
+        if self._cost is not None:
             now = time.monotonic()
-            self._cost.step(now - self._step_began, saving=self._under_way is not None)
+            self._cost.step(now - self._step_began, saving=self._under_way is not None, now=now)
         self._listen(wait=False)
 
     def step_begins(self) -> None:
         """The boundary's work is done. To be called where what a step takes is weighed."""
         self._step_began = time.monotonic()
+        part = self._policy.continuous
+        if self._cost is None and part is not None:
+            self._cost = Cost(part, now=self._step_began, draw=random.Random(0))
 
     def close(self) -> None:
         """Wait for what is under way, and listen no more. Idempotent; what failed is said, not raised."""
@@ -257,18 +262,24 @@ class Saves:
         self.pin_next = self._again = False
         self.has_news = True
 
-    def _end_lending(self) -> None:
+    def _optimizer_steps(self) -> None:
         """An optimizer is about to step: what it writes to must have been copied."""
         if self._lent is None:
             return
         begun = time.monotonic()
+        self._end_lending()
+        if self._cost is not None:
+            now = time.monotonic()
+            self._cost.stood(now - begun, now=now)
+            self._step_began += now - begun
+
+    def _end_lending(self) -> None:
+        if self._lent is None:
+            return
         self._core.fence()
         _, owned = self._lent
         owned.unchanged()
         self._lent = None
-        waited = time.monotonic() - begun
-        self._cost.stood(waited)
-        self._step_began += waited
 
     def settle(self) -> None:
         """Wait until nothing is under way.
