@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import unbroken
 from unbroken import Policy, errors, room
+from unbroken.policy import Cost
 from unbroken.torch import fence, snapshot
 
 
@@ -367,6 +368,35 @@ def test_continuous_saves_follow_one_another_as_far_as_the_budget_allows(tmp_pat
     assert saves("generous", 1.0) > saves("mean", 1e-9) == 3, (
         "step 0, one to see what it costs, the run's end"
     )
+
+
+def test_what_training_does_between_epochs_is_not_part_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A save of the epoch's end may be under way when the next epoch's first step is over: it would bear all of that.
+    noted: list[float] = []
+    monkeypatch.setattr(Cost, "step", lambda cost, seconds, **more: noted.append(seconds))
+    life = Counting(tmp_path / "run", elements=1000, checkpoint=Policy(continuous=0.01))
+    for _ in life.run.epochs(3):
+        for _ in life.run.batches(life.loader):
+            life.step()
+        time.sleep(1.0)
+    assert len(noted) == 3 * 64
+    assert max(noted) < 1.0
+
+
+def test_what_the_capture_of_a_state_takes_is_a_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = snapshot.capture
+
+    def slow(*arguments: Any, **options: Any) -> snapshot.Snapshot:
+        time.sleep(0.1)
+        return capture(*arguments, **options)
+
+    monkeypatch.setattr(snapshot, "capture", slow)
+    life = Counting(tmp_path / "run", elements=1000, checkpoint=Policy(continuous=1e-9))
+    life.train(epochs=2)
+    cost = life.run._saves._cost
+    assert cost is not None and cost.spent >= 0.3, "the ends of two epochs and of the run at least"
 
 
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])

@@ -63,10 +63,11 @@ def test_stop_raises_at_once() -> None:
 
 def test_wait_tries_until_there_is_room_and_says_so_once() -> None:
     disk = Disk(7)
-    assert disk.under("wait").attempt(disk.write)
+    full = disk.under("wait")
+    assert full.attempt(disk.write)
     assert len(disk.said) == 2
     # 0.5, 1, 2, 4, 8, 10 and 10 seconds.
-    assert disk.slept == 35.5
+    assert disk.slept == full.paused_s == 35.5
 
 
 def test_wait_ends_when_a_stop_is_asked_for() -> None:

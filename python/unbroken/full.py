@@ -52,6 +52,8 @@ class FullDisk:
         self._stopping = stopping
         self._sleep = sleep
         self._full = False
+        self.paused_s = 0.0
+        """Seconds in which the training waited for room, so far."""
 
     def attempt(self, write: Callable[[], object], *, required: bool = False) -> bool:
         """Write; return False if there was no room and the training is to go on without.
@@ -114,6 +116,7 @@ class FullDisk:
             if self._stopping():
                 raise error
             self._sleep(min(seconds, _POLL_S))
+            self.paused_s += min(seconds, _POLL_S)
             seconds -= _POLL_S
 
 

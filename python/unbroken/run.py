@@ -726,6 +726,8 @@ class Run:
             self._place.planned_steps = epochs * expected_batches
         if resume is not None:
             self._save_restored(_IN_EPOCH)
+        if self._saves.weighs:
+            self._saves.step_begins()
         return True
 
     def _loop_is_open(self) -> bool:
@@ -1064,7 +1066,7 @@ class Run:
         """Save this boundary: see `Saves.save`."""
         if self._on_trial(phase):
             return
-        with _collector_paused():
+        with self._saves.standing(), _collector_paused():
             self._commit_now(phase, wait=wait, required=required)
 
     def _commit_now(self, phase: int, *, wait: bool, required: bool) -> None:

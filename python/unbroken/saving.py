@@ -10,7 +10,7 @@ import contextlib
 import errno
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,7 +133,6 @@ class Saves:
         Raises:
             StorageError: It, or the one before it, could not be written. Older ones are as they were.
         """
-        begun = time.monotonic()
         if required:
             self._settle_quietly()
         else:
@@ -147,10 +146,20 @@ class Saves:
                 self._frozen = frozen
         else:
             self._start(captured, checkpoint, before, frozen, unmoved)
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """Weigh what the training stands still for: all that a boundary does because it is saved.
+
+        Not the pauses in which it waits for room on the disk, which are no save's; and not the checkpoint before the
+        first step, which comes with any policy.
+        """
+        begun, paused_s = time.monotonic(), self._disk.paused_s
+        yield
         if self._cost is not None:
             now = time.monotonic()
             self._cost.begin()
-            self._cost.stood(now - begun, now=now)
+            self._cost.stood(now - begun - (self._disk.paused_s - paused_s), now=now)
 
     def hear(self) -> None:
         """At a step's boundary: learn what became of the save that is under way, if it is over.
@@ -164,7 +173,7 @@ class Saves:
         self._listen(wait=False)
 
     def step_begins(self) -> None:
-        """The boundary's work is done. To be called where what a step takes is weighed."""
+        """The boundary's work is done, or a loop opens. To be called where what a step takes is weighed."""
         self._step_began = time.monotonic()
         part = self._policy.continuous
         if self._cost is None and part is not None:
