@@ -22,7 +22,7 @@ begins when the last is durable. The first saves of the process are shown by the
     lost       steps that a kill would lose, on average over all moments
 
 Expect: each budget's interval begins below the budget; `measured` ends near the budget, or below it where saves are
-cheap enough to follow one another anyway.
+cheap enough to follow one another anyway. On a machine with other work the interval is some percent wide.
 """
 
 import argparse
