@@ -1,7 +1,7 @@
 """What saving a state costs, beside other ways to do it: stall, time to durable, memory, steps.
 
-    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--tensors N ...] [--rounds N] [--pairs N]
-                                                 [--only NAME ...] [--intervals N ...] [--directory DIR]
+    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--tensors N ...] [--frozen MB ...] [--rounds N]
+                                                 [--pairs N] [--only NAME ...] [--intervals N ...] [--directory DIR]
 
 The state is a model's parameters and an optimizer's momentum, half the bytes each, in few large tensors or in thousands
 of small ones. Each contender takes turns with the bound, which is the least that this memory and this disk allow: a
@@ -13,7 +13,11 @@ forward and backward would take.
     stall      how long the training thread stands still, to the bound's copy
     durable    until a power cut would leave it there: to the bound's direct write alone
     after      what follows on the disk, for contenders that delete older checkpoints themselves
-    extra      the most memory taken beside the state while saving
+    extra      the most memory taken beside the state in the first two saves
+    written    megabytes that the process had the system write for a save
+
+A frozen base is such a state that no optimizer has, in 16 tensors, with an adapter beside it: two tensors of 5 MB in
+training, and their momentum.
 
 The training loop is an MLP of 25 million parameters with AdamW on one thread: a state of 300 MB. Stretches of the same
 steps with and without saves alternate in one process; each stretch with saves is compared with those around it. With a
@@ -53,6 +57,7 @@ from unbroken.torch import snapshot
 from unbroken.torch.fence import Owned
 
 PIECE = 8 << 20
+ADAPTER_MEGABYTES = 10
 WARM_UPS = 3
 """Rounds that make files and memory, which the others use again."""
 
@@ -76,8 +81,19 @@ class State:
         state.step()
         return state
 
+    @classmethod
+    def of_adapter(cls, megabytes: int) -> "State":
+        base = [torch.randn(megabytes * 1_000_000 // 4 // 16) for _ in range(16)]
+        frozen = [nn.Parameter(part, requires_grad=False) for part in base]
+        adapter = [nn.Parameter(torch.randn(ADAPTER_MEGABYTES * 1_000_000 // 4 // 2)) for _ in range(2)]
+        state = cls(nn.ParameterList([*frozen, *adapter]), torch.optim.SGD(adapter, lr=1e-3, momentum=0.9))
+        state.step()
+        return state
+
     def step(self) -> None:
         for parameter in self.parameters:
+            if not parameter.requires_grad:
+                continue
             # Of each parameter its own: equal tensors would be written once.
             parameter.grad = parameter.detach().clone()
         self.optimizer.step()
@@ -86,7 +102,7 @@ class State:
     def flat(self) -> dict[str, torch.Tensor]:
         found = {f"p{index}": p.detach() for index, p in enumerate(self.parameters)}
         for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state[parameter].items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"{name}{index}"] = value
         return found
 
@@ -201,6 +217,8 @@ class Ours:
         self.run.begin()
         self.step = 0
         self.lent: tuple[Any, Owned] | None = None
+        self.captured: Any = None
+        self.frozen: _core.Versions | None = None
 
     def contender(self) -> Contender:
         before_step = self.fence if self.mode == "background" else None
@@ -226,7 +244,8 @@ class Ours:
         if self.step:
             self.run.record(self.step, 0, 0, self.step, [])
         objects = {"model": state.parameters, "optimizer": state.optimizer}
-        captured = snapshot.capture(objects)
+        captured = self.captured = snapshot.capture(objects)
+        before, self.frozen = self.frozen, captured.storages.take_frozen()
         what: dict[str, Any] = {
             "step": self.step,
             "phase": 0,
@@ -235,14 +254,15 @@ class Ours:
             "environment": {},
             "metrics": {},
         }
-        if self.mode == "sync":
+        if self.mode == "sync" or self.step == 0:  # A run waits for its first checkpoint in any mode.
             self.run.commit(**what, storages=captured.regions())
             if self.deletes:
                 self.delete()
         else:
             owned = Owned(objects.values() if self.mode == "background" else (), captured.storages)
             keep = (2, None, None) if self.deletes else None
-            regions = captured.lendable(owned)
+            rests = self.mode == "background" and before is not None
+            regions = captured.lendable(owned, self.frozen.unmoved_since(before) if rests else set())
             self.run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
             self.lent = (captured, owned)
         self.step += 1
@@ -310,6 +330,11 @@ def status_kb(name: str) -> int:
     raise LookupError(name)
 
 
+def written_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
+
+
 @contextmanager
 def timed(contender: Contender, figure: str) -> Iterator[None]:
     begun = time.perf_counter()
@@ -318,28 +343,38 @@ def timed(contender: Contender, figure: str) -> Iterator[None]:
 
 
 def measure_states(
-    sizes: list[int], counts: list[int], names: list[str], rounds: int, directory: Path
+    states: Iterator[tuple[str, State]], names: list[str], rounds: int, directory: Path
 ) -> None:
+    for words, state in states:
+        print(f"\n{words}")
+        print(
+            f"{'':21}{'seconds: stall':>14}{'durable':>8}{'after':>7}{'extra MB':>9}{'written':>8}   ", end=""
+        )
+        print(f"{'stall / copy':>20}{'durable / write':>20}{'/ copy and write':>20}")
+        gigabytes = sum(tensor.nbytes for tensor in state.flat().values()) / 1e9
+        for name in names:
+            place = Path(tempfile.mkdtemp(dir=directory))
+            bound, contender = Bound(place), make(name, place, deletes=False)
+            try:
+                for number in range(WARM_UPS + rounds):
+                    take_turns(state, bound, contender, number, gigabytes)
+            finally:
+                contender.close()
+                shutil.rmtree(place)
+            show(contender, bound)
+
+
+def states_of(sizes: list[int], counts: list[int], frozen: list[int]) -> Iterator[tuple[str, State]]:
     for megabytes in sizes:
         for count in counts:
-            print(f"\n{megabytes} MB in {count} tensors")
-            print(f"{'':21}{'seconds: stall':>14}{'durable':>8}{'after':>7}{'extra MB':>9}   ", end="")
-            print(f"{'stall / copy':>20}{'durable / write':>20}{'/ copy and write':>20}")
-            state = State.of(megabytes, count // 2)
-            for name in names:
-                place = Path(tempfile.mkdtemp(dir=directory))
-                bound, contender = Bound(place), make(name, place, deletes=False)
-                try:
-                    for number in range(WARM_UPS + rounds):
-                        take_turns(state, bound, contender, number, megabytes)
-                finally:
-                    contender.close()
-                    shutil.rmtree(place)
-                show(contender, bound)
+            yield f"{megabytes} MB in {count} tensors", State.of(megabytes, count // 2)
+    for megabytes in frozen:
+        changes = 2 * ADAPTER_MEGABYTES
+        yield f"{megabytes} MB frozen, and {changes} MB that change", State.of_adapter(megabytes)
 
 
-def take_turns(state: State, bound: Bound, contender: Contender, number: int, megabytes: int) -> None:
-    turns = [lambda: bound.take_turn(state), lambda: measure(contender, state, megabytes / 1000)]
+def take_turns(state: State, bound: Bound, contender: Contender, number: int, gigabytes: float) -> None:
+    turns = [lambda: bound.take_turn(state), lambda: measure(contender, state, gigabytes)]
     for turn in turns if number % 2 else reversed(turns):
         state.step()
         turn()
@@ -352,10 +387,13 @@ def measure(contender: Contender, state: State, gigabytes: float) -> None:
     if "extra" not in contender.figures:
         Path("/proc/self/clear_refs").write_text("5")
         before = status_kb("VmRSS")
-        contender.save(state)
-        contender.settle()
+        for _ in range(2):
+            contender.save(state)
+            contender.settle()
+            state.step()
         contender.figures["extra"] = [(status_kb("VmHWM") - before) / 1000]
         return
+    written = written_bytes()
     with timed(contender, "durable"):
         with timed(contender, "stall"):
             contender.save(state)
@@ -365,6 +403,7 @@ def measure(contender: Contender, state: State, gigabytes: float) -> None:
                 contender.before_step()
             contender.figures["stall"][-1] += contender.figures["fence"][-1]
         contender.settle()
+    contender.figures.setdefault("written", []).append((written_bytes() - written) / 1e6)
     if contender.after is not None:
         with timed(contender, "after"):
             contender.after()
@@ -382,7 +421,7 @@ def show(contender: Contender, bound: Bound) -> None:
     both = [copy + write for copy, write in zip(bound.copies, bound.writes, strict=True)]
     ratios = [(stall, bound.copies), (durable, bound.writes), (durable, both)]
     line = f"{contender.name:21}{statistics.median(stall):14.4f}{statistics.median(durable):8.3f}{after}"
-    line += f"{figures['extra'][0]:9.0f}   "
+    line += f"{figures['extra'][0]:9.0f}{statistics.median(figures['written']):8.1f}   "
     for ours, least in ratios:
         line += f"{quarters([a / b for a, b in zip(ours, least, strict=True)]):>20}"
     copy, write = statistics.median(bound.copies), statistics.median(bound.writes)
@@ -467,6 +506,9 @@ def main() -> int:
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000], help="megabytes of state")
     parser.add_argument("--tensors", type=int, nargs="*", default=[16, 8000], help="how many they are")
+    parser.add_argument(
+        "--frozen", type=int, nargs="*", default=[1000], help="megabytes of a base that is not trained"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--pairs", type=int, default=5, help="of stretches of the training loop; 0 leaves it out"
@@ -485,7 +527,8 @@ def main() -> int:
     if "moonclip" in names and importlib.util.find_spec("moonclip") is None:
         names.remove("moonclip")
         print("Moonclip is left out: it is not installed (pip install moonclip==0.3.1)")
-    measure_states(arguments.sizes, arguments.tensors, names, arguments.rounds, arguments.directory)
+    states = states_of(arguments.sizes, arguments.tensors, arguments.frozen)
+    measure_states(states, names, arguments.rounds, arguments.directory)
     if arguments.pairs:
         measure_loop(names, arguments.intervals, arguments.pairs, arguments.directory)
     return 0
