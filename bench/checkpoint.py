@@ -261,8 +261,10 @@ class Ours:
         else:
             owned = Owned(objects.values() if self.mode == "background" else (), captured.storages)
             keep = (2, None, None) if self.deletes else None
-            rests = self.mode == "background" and before is not None
-            regions = captured.lendable(owned, self.frozen.unmoved_since(before) if rests else set())
+            unmoved = set[tuple[int, int]]()
+            if self.mode == "background" and before is not None:
+                unmoved = self.frozen.unmoved_since(before)
+            regions = captured.lendable(owned, unmoved)
             self.run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
             self.lent = (captured, owned)
         self.step += 1

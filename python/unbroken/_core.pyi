@@ -550,6 +550,8 @@ class Run:
 
         Waits for a save that is under way. Durability: none on return; `outcome` tells.
         """
+    def know(self, storages: Sequence[tuple[int, int, bytes]]) -> None:
+        """Take note of what memory holds, as (address, length in bytes, BLAKE3 digest): what does not change may rest."""
     def fence(self) -> None:
         """Return when no lent memory is read any more, copying what is left of it. GIL released."""
     def outcome(

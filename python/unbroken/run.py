@@ -658,6 +658,8 @@ class Run:
         recorded = self._recorded_state()
         with tensors.uncollected():
             plan.apply()
+        if self._checkpoint is not None:
+            self._saves.resumed(plan.resting(), self._checkpoint)
         self.state.clear()
         self.state.update(recorded)
         rng.restore({**tree["generators"], **tree["untouched"]["generators"]})

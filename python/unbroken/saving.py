@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from . import _core, room
 from .errors import StorageError, UnbrokenError
 from .full import FullDisk
 from .notices import Say, size
 from .policy import Cost, Keep, Policy
-from .torch import digests
-from .torch.fence import Fence, Owned
+from .torch import digests, tensors
+from .torch.fence import LEND_FROM_BYTES, Fence, Owned
 from .torch.snapshot import Snapshot
 
 Mode = Literal["background", "copy", "sync"]
@@ -94,6 +96,19 @@ class Saves:
         self.weighs = policy.continuous is not None
         self._cost: Cost | None = None
         self.has_news = self.weighs
+
+    def resumed(self, resting: list[tuple[torch.Tensor, int]], checkpoint: _core.Checkpoint) -> None:
+        """Take note of what parameters hold that training does not change: the first save need not copy them.
+
+        Args:
+            resting: Parameters, and which of the checkpoint's storages each is now.
+            checkpoint: What was restored.
+        """
+        if not self._rests:
+            return
+        digests = [digest for _, digest in checkpoint.storages]
+        self._core.know([(tensor.data_ptr(), tensor.nbytes, digests[storage]) for tensor, storage in resting])
+        self._frozen = tensors.versions([tensor for tensor, _ in resting], LEND_FROM_BYTES)
 
     def due(self, step: int, phase: int) -> bool:
         """Tell whether this boundary is to be saved."""

@@ -10,6 +10,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
+use unbroken::Digest;
 use unbroken::format::journal::Component;
 use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
@@ -254,6 +255,12 @@ impl Run {
         // copied before this returns.
         py.detach(|| unsafe { self.saver.start(save, &regions, full, confirm) })
             .map_err(|failure| error::raise(py, &failure))
+    }
+
+    fn know(&self, storages: Vec<(usize, usize, [u8; 32])>) {
+        let known = storages.into_iter();
+        self.saver
+            .know(known.map(|(address, length, digest)| ((address, length), Digest(digest))));
     }
 
     fn fence(&self, py: Python<'_>) {

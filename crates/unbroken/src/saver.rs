@@ -352,6 +352,12 @@ impl Saver {
         Ok(checkpoint.info().clone())
     }
 
+    /// Takes note that memory, by its first byte's address and its length, holds what has these digests, as after a resume:
+    /// what does not change may rest at the next save.
+    pub fn know(&self, storages: impl IntoIterator<Item = ((usize, usize), Digest)>) {
+        lock(&self.known).extend(storages);
+    }
+
     /// Returns when no lent memory is read any more, copying what is left of it.
     pub fn fence(&self) {
         if self.pid != std::process::id() {

@@ -841,6 +841,21 @@ class Restorer:
         for item in written:
             item.written = True
 
+    def resting(self) -> list[tuple[torch.Tensor, int]]:
+        """Return parameters that require no gradient and have a whole storage's bytes, and which storage that is."""
+
+        def is_whole(item: _Placement) -> bool:
+            return (
+                item.fixed
+                and item.written
+                and not item.live.requires_grad
+                and item.leaf.offset == 0
+                and item.live.storage_offset() == 0
+                and item.live.untyped_storage().nbytes() == item.live.nbytes
+            )
+
+        return [(item.live, item.leaf.storage) for item in self._placements if is_whole(item)]
+
     def settle(self) -> None:
         """Decide which tensors are written in place: those whose memory is shared now as it was when saved.
 

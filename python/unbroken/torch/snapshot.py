@@ -203,6 +203,10 @@ class RestorePlan:
         for action in self.actions:
             action()
 
+    def resting(self) -> list[tuple[torch.Tensor, int]]:
+        """Return parameters that require no gradient and hold a whole storage now, and which one that is."""
+        return self.restorer.resting()
+
 
 def plan_restore(
     objects: Mapping[str, object],

@@ -695,6 +695,11 @@ class _Look:
         return _Look(leaf.dtype, shape, strides) if whole else None
 
 
+def versions(candidates: list[torch.Tensor], least_bytes: int) -> _core.Versions:
+    """Return the version counters of tensors whose storage on the CPU has at least so many bytes."""
+    return READER.versions(candidates, least_bytes, _core.Regions(READER))
+
+
 def view_storage(
     storage: torch.UntypedStorage,
     dtype: torch.dtype,
