@@ -492,6 +492,7 @@ class Loader:
             end += -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if not end:
             return []
+        assert self._stage is None, "memory to copy from is lent once, for all that is copied"
         self._stage = _core.Memory(end)
         start = self._stage.address
         self._staged = {index: start + offset for index, offset, _ in spans}
