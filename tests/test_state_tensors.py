@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import io
 import pickle
 import random
@@ -333,6 +334,33 @@ def test_what_was_read_to_be_copied_can_be_had_as_a_tensor_all_the_same() -> Non
     assert made.data_ptr() % tensors.ALIGNMENT_BYTES == 0
     assert bits(made) == bits(live)
     assert loader.tensor(leaf, path="weight").data_ptr() == made.data_ptr(), "tensors of one storage share it"
+
+
+def test_the_collector_does_not_look_at_what_a_resume_made_nor_at_what_somebody_froze() -> None:
+    seen: list[int] = []
+
+    def collected(phase: str, info: dict[str, int]) -> None:
+        seen.append(info["generation"])
+
+    with tensors.kept():
+        made = [[number] for number in range(100_000)]
+        assert not gc.isenabled()
+    gc.callbacks.append(collected)
+    more = [[number] for number in range(100)]
+    gc.callbacks.remove(collected)
+    assert gc.isenabled()
+    assert not seen
+    assert gc.is_tracked(made[0])
+    assert gc.is_tracked(more[0])
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    try:
+        with tensors.kept():
+            others = [[number] for number in range(1000)]
+        assert len(others) == 1000
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
 
 
 # Other programs, and no pickle (O13).

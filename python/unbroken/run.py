@@ -232,7 +232,7 @@ class Run:
         self.track(**objects)
 
         staging = tensors.Staging(snapshot.copied_leaves)
-        with tensors.uncollected():
+        with tensors.kept():
             self._core = _core.Run.open(
                 self.path,
                 seed=seed,
@@ -530,7 +530,7 @@ class Run:
         allowed += [(f"environment.{name}", old, new) for name, old, new in changes if self._may_change(name)]
         checkpoint = self._checkpoint
         if checkpoint is not None:
-            with tensors.uncollected():
+            with tensors.kept():
                 self._restore = snapshot.plan_restore(
                     self._objects,
                     self._tree["objects"],
@@ -606,7 +606,7 @@ class Run:
             self._tree, self._loader = {}, None
             return staging(checkpoint)
 
-        with tensors.uncollected():
+        with tensors.kept():
             trial = self._core.put_on_trial(least=TRIAL_STEPS, most=TRIAL_STEPS_MOST, memory=lend)
         checkpoint = self._checkpoint = self._core.resumed_from
         assert checkpoint is not None, "a trial starts from a checkpoint"
@@ -656,7 +656,7 @@ class Run:
         plan, tree = self._restore, self._tree
         assert plan is not None, "a restore has a plan"
         recorded = self._recorded_state()
-        with tensors.uncollected():
+        with tensors.kept():
             plan.apply()
         if self._checkpoint is not None:
             self._saves.resumed(plan.resting(), self._checkpoint)

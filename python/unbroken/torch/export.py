@@ -51,7 +51,7 @@ def load(
     if only is not None:
         return _load_leaves(Path(path), [only] if isinstance(only, str) else list(only), missing)
     staging = Staging()
-    with tensors.uncollected():
+    with tensors.kept():
         _core.read_checkpoint(Path(path), memory=staging)
         tree, loader = staging.taken()
         return values.raise_(tree, path="", extend=tensors.extend_raise(loader), missing=missing)

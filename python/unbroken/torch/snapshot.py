@@ -342,7 +342,7 @@ def _plan_container(restorer: Restorer, name: str, item: Any, value: Value) -> C
 
 def raise_plain(value: Value, checkpoint: Checkpoint, *, path: str, loader: Loader | None = None) -> Any:
     """Return plain values that `capture` lowered along with the objects; tensors as copies on the CPU."""
-    with tensors.uncollected():
+    with tensors.kept():
         loader = (loader or Loader(checkpoint)).copied(value)
         return values.raise_(value, path=path, extend=tensors.extend_raise(loader))
 
@@ -357,7 +357,7 @@ def identity(objects: Mapping[str, object]) -> dict[str, Value]:
     (functions by name and code), scaler settings. Two runs of one program give equal ones; a difference can be named
     by its key.
     """
-    with tensors.uncollected():
+    with tensors.kept():
         return _identity(objects)
 
 
