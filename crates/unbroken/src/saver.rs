@@ -196,8 +196,9 @@ impl Saver {
 
     /// Starts a save and returns. Waits first for one that is under way: its outcome must have been asked for.
     ///
-    /// What is neither lent nor resting is copied before this returns. Windows of what is lent are digested, or all of it with `full`,
-    /// and compared with the copy; then `confirm` is asked whether anything is known to have changed meanwhile.
+    /// What is neither lent nor resting is copied before this returns. Windows of what is lent are digested, or all of it
+    /// with `full`, and compared with the copy; then `confirm` is asked whether anything is known to have changed meanwhile.
+    /// What rests is digested after that.
     ///
     /// # Durability
     ///
