@@ -247,6 +247,7 @@ class Adapting:
         )
         self.net["base"].requires_grad_(False)
         self.net["average"].requires_grad_(False)
+        self.net.register_buffer("seldom", torch.zeros(1 << 18))
         self.optimizer = torch.optim.SGD([self.net["adapter"]], lr=1.0)
         self.run = unbroken.Run(path, seed=1, net=self.net, optimizer=self.optimizer, **options)
         self.resting: list[int] = []

@@ -493,6 +493,7 @@ impl Regions {
         }
         let leaf = self.whole(reader.get(), tensor, attrs)?;
         if let Some(Tensor { leaf, .. }) = &leaf
+            && reader.get().is_parameter(tensor) // A buffer may be written to in any forward.
             && is_frozen(leaf)
         {
             let region = &self.regions[leaf.storage as usize];
@@ -547,7 +548,7 @@ impl Regions {
     }
 }
 
-/// Whether a leaf is a parameter that requires no gradient, and its storage's bytes in order.
+/// Whether a parameter's leaf says that it requires no gradient, and is its storage's bytes in order.
 fn is_frozen(leaf: &state::Tensor) -> bool {
     let noted = |(name, value): &(String, Value)| name == "requires_grad" && *value == Value::Bool(false);
     leaf.attrs.iter().any(noted) && contiguous(leaf)
