@@ -1,7 +1,7 @@
 """A run's checkpoints on their way to the disk: when one is due, written while the training goes on or waited for.
 
-Touches: the run directory through the core; memory that the core reads until an optimizer steps; torch's global hook
-before optimizer steps, from `install` until `close`.
+Touches: the run directory through the core; memory that the core reads until an optimizer steps, and frozen parameters
+until their save is over; torch's global hook before optimizer steps, from `install` until `close`.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Saves:
         """
         if not self._rests:
             return
-        digests = [digest for _, digest in checkpoint.storages]
-        self._core.know([(tensor.data_ptr(), tensor.nbytes, digests[storage]) for tensor, storage in resting])
+        known = [digest for _, digest in checkpoint.storages]
+        self._core.know([(tensor.data_ptr(), tensor.nbytes, known[storage]) for tensor, storage in resting])
         self._frozen = tensors.versions([tensor for tensor, _ in resting], LEND_FROM_BYTES)
 
     def due(self, step: int, phase: int) -> bool:

@@ -1,6 +1,8 @@
-//! Memory that Python owns, given as (address, length in bytes) and looked at as slices; digests over it.
+//! Memory that Python owns, given as (address, length in bytes) and looked at as slices; digests over it. Memory that
+//! Python is given, for bytes on their way to a live tensor.
 //!
-//! Touches: the memory it is told of. Python keeps it alive and unchanged until the call returns (`_core.pyi`).
+//! Touches: the memory it is told of, and mappings of its own. Python keeps what it owns alive and unchanged until the call
+//! returns (`_core.pyi`).
 
 use std::ptr;
 use std::slice;

@@ -1,4 +1,5 @@
-//! Memory: on huge pages for copies of a state and for what goes to the disk past the page cache; copied in parallel.
+//! Memory: on huge pages for copies of a state and for what goes to the disk past the page cache, on ordinary ones for what
+//! is filled once; copied in parallel.
 //!
 //! Touches: its own mappings, and what it is given to copy. Fresh memory costs more than the copy that it is for, so an
 //! arena is kept and used again.

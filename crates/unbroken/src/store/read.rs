@@ -4,6 +4,7 @@
 //! may lie in several. Then several threads take the next piece: straight into its memory where the system's cache has
 //! it, past that cache and from there into its memory where not. What is hashed is what lies in that memory afterwards.
 //! Storages that are coded are read block by block: the frames of each block are hashed as they are, and so is the block.
+//! While memory for them is made, the system is asked to fetch what comes first.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
