@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyTypeError;
@@ -14,7 +15,7 @@ use unbroken::Digest;
 use unbroken::format::journal::Component;
 use unbroken::journal::{self, Boundary};
 use unbroken::run::{self, Options};
-use unbroken::saver::{Outcome, Region, Save, Saver};
+use unbroken::saver::{Outcome, Region, Save, Saver, Terms};
 use unbroken::state::Value;
 use unbroken::store::{Best, Commit, Compression, Order, Retention, Tuning};
 
@@ -226,13 +227,15 @@ impl Run {
         Ok(CheckpointInfo::of(info))
     }
 
-    #[pyo3(signature = (*, storages, keep = None, full = false, confirm = None, **boundary))]
+    #[pyo3(signature = (*, storages, keep = None, full = false, lent_for_s = None, confirm = None, **boundary))]
+    #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn save(
         &self,
         py: Python<'_>,
         storages: &Bound<'_, PyAny>,
         keep: Option<Keep>,
         full: bool,
+        lent_for_s: Option<f64>,
         confirm: Option<Py<PyAny>>,
         boundary: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
@@ -251,9 +254,14 @@ impl Run {
         let confirm = confirm.map(|asked| -> Box<dyn FnOnce() -> bool + Send> {
             Box::new(move || Python::attach(|py| confirmed(py, asked)))
         });
+        let terms = Terms {
+            full,
+            lent_for: lent_for_s.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            confirm,
+        };
         // SAFETY: the caller of the Python function keeps the memory until the fence (`_core.pyi`); what is not lent is
         // copied before this returns.
-        py.detach(|| unsafe { self.saver.start(save, &regions, full, confirm) })
+        py.detach(|| unsafe { self.saver.start(save, &regions, terms) })
             .map_err(|failure| error::raise(py, &failure))
     }
 

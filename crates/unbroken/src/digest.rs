@@ -143,6 +143,16 @@ impl Assembly {
         }
     }
 
+    /// Bytes of the whole string.
+    pub fn len(&self) -> usize {
+        usize::try_from(self.length).expect("bytes in memory")
+    }
+
+    /// Whether that is none.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
     /// Bytes of a group.
     pub fn grain(&self) -> usize {
         self.grain
@@ -270,13 +280,13 @@ const WORTH_THREADS: usize = 1024;
 const MAX_THREADS: usize = 4;
 
 /// Returns what `look` tells of each region, in their order; of many, on several threads.
-pub(crate) fn of_each<T: Send>(regions: &[&[u8]], look: impl Fn(&[u8]) -> T + Sync) -> Vec<T> {
+pub(crate) fn of_each<R: Copy + Sync, T: Send>(regions: &[R], look: impl Fn(R) -> T + Sync) -> Vec<T> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = cores.min(MAX_THREADS);
     if regions.len() < WORTH_THREADS || threads < 2 {
-        return regions.iter().map(|region| look(region)).collect();
+        return regions.iter().map(|&region| look(region)).collect();
     }
-    let look_at = |share: &[&[u8]]| share.iter().map(|region| look(region)).collect::<Vec<T>>();
+    let look_at = |share: &[R]| share.iter().map(|&region| look(region)).collect::<Vec<T>>();
     let (own, others) = regions.split_at(regions.len().div_ceil(threads));
     std::thread::scope(|scope| {
         let shares = others.chunks(own.len());

@@ -135,7 +135,7 @@ pub fn plant(
     place: &Path,
     options: &Options,
     event: (&str, Vec<(String, Value)>),
-    commit: Commit,
+    commit: Commit<&[u8]>,
 ) -> Result<CheckpointInfo> {
     let staging = stage(place)?;
     let new = Run::open(staging.path(), options)?;

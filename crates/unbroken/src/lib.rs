@@ -24,6 +24,7 @@ pub mod fork;
 pub mod format;
 pub mod journal;
 pub mod key;
+mod lending;
 pub mod localise;
 pub mod outline;
 pub mod repair;

@@ -5,7 +5,7 @@
 //! retention has deleted.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::digest::{Digest, Hasher};
@@ -52,6 +52,22 @@ pub(crate) fn outline_with(
         });
     });
     Outline { nodes, contents }
+}
+
+/// The storages, of such lengths, whose bytes an outline needs.
+pub(crate) fn gathered(tree: &Value, lengths: &[u64]) -> BTreeSet<usize> {
+    let mut found = BTreeSet::new();
+    each_leaf(tree, true, &mut |leaf| {
+        let Value::Tensor(tensor) = leaf else { return };
+        let index = tensor.storage as usize;
+        if lengths
+            .get(index)
+            .is_some_and(|&length| view_of(tensor, length) == View::Gathered)
+        {
+            found.insert(index);
+        }
+    });
+    found
 }
 
 /// Calls `visit` for each leaf below a value, in the order of its nodes. `at_top`: its path is empty.
@@ -253,15 +269,12 @@ fn kind(value: &Value) -> &'static str {
 /// Digest of a tensor's elements in row-major order. Its storage's digest is that already where the tensor is the whole
 /// storage in that order; other views are gathered, if their bytes are at hand.
 fn content(tensor: &Tensor, (length, digest): (u64, Digest), bytes: Option<&[u8]>) -> Option<Content> {
-    let whole = view_bytes(tensor);
-    match whole {
-        Some(whole) if whole == length && contiguous(tensor) => Some(Content::cut(&digest)),
-        Some(whole) if whole <= length => {
-            row_major(tensor, bytes?).map(|elements| Content::cut(&Digest::of(&elements)))
-        }
+    match view_of(tensor, length) {
+        View::Whole => Some(Content::cut(&digest)),
+        View::Gathered => row_major(tensor, bytes?).map(|elements| Content::cut(&Digest::of(&elements))),
         // More elements than the storage has: some occur again and again, without end perhaps. And what the elements of
         // a dtype that only a front knows are cannot be told. What is known is the storage and the view.
-        _ => {
+        View::Opaque => {
             let mut hasher = Hasher::new();
             hasher.update(&digest.0).update(&tensor.offset.to_le_bytes());
             for stride in telling_strides(tensor) {
@@ -269,6 +282,25 @@ fn content(tensor: &Tensor, (length, digest): (u64, Digest), bytes: Option<&[u8]
             }
             Some(Content::cut(&hasher.finish()))
         }
+    }
+}
+
+/// What a tensor is of its storage.
+#[derive(PartialEq, Eq)]
+enum View {
+    /// Its bytes in order.
+    Whole,
+    /// Some of its elements, or all in another order.
+    Gathered,
+    /// More than it has, or nobody knows.
+    Opaque,
+}
+
+fn view_of(tensor: &Tensor, length: u64) -> View {
+    match view_bytes(tensor) {
+        Some(whole) if whole == length && contiguous(tensor) => View::Whole,
+        Some(whole) if whole <= length => View::Gathered,
+        _ => View::Opaque,
     }
 }
 

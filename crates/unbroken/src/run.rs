@@ -16,12 +16,13 @@ use crate::format::saved::{Outline, Saved};
 use crate::format::{FORMAT_VERSION, Flaw};
 pub use crate::journal::Difference;
 use crate::journal::{self, Boundary, JOURNAL, Journal, Story, Tail, Writer};
-use crate::outline::{nodes_of, outline_with};
+use crate::lending::Bytes;
+use crate::outline::{gathered, nodes_of, outline_with};
 use crate::state::Value;
 use crate::storage::disk::DiskStorage;
 use crate::storage::{Claim, Directory, Lock, Storage, not_found};
 use crate::store::{
-    self, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, Compression, Digested, OBJECTS, Retention, Still,
+    self, Beside, CHECKPOINTS, Checkpoint, CheckpointInfo, Commit, Compression, Digested, OBJECTS, Retention,
     Store, TMP, Tuning,
 };
 use crate::trial;
@@ -537,8 +538,9 @@ impl Run {
     /// # Errors
     ///
     /// Nothing that was committed before is touched. A full disk's error has the bytes needed and free.
-    pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
-        Ok(self.commit_still(commit, Still::default())?.info().clone())
+    pub fn commit(&self, commit: Commit<&[u8]>) -> Result<CheckpointInfo> {
+        let commit = commit.with_storages(Bytes::Here);
+        Ok(self.commit_with(commit, Beside::default())?.info().clone())
     }
 
     /// Digests storages as a commit does that has to know whether they are on disk already.
@@ -547,7 +549,7 @@ impl Run {
     }
 
     /// [`Run::commit`] of storages of which more is known.
-    pub(crate) fn commit_still(&self, commit: Commit, still: Still) -> Result<Checkpoint> {
+    pub(crate) fn commit_with(&self, commit: Commit<Bytes>, beside: Beside) -> Result<Checkpoint> {
         self.check_lock()?;
         let (step, phase) = (commit.step, commit.phase);
         let mut store = guard(&self.store);
@@ -558,8 +560,15 @@ impl Run {
             return Err(Error::invalid(text));
         }
         let begun = Instant::now();
-        let mut storages: Vec<Option<&[u8]>> = commit.storages.iter().copied().map(Some).collect();
-        for (index, _) in &still.known {
+        // What is read while it is written is not there any more afterwards.
+        let mut storages: Vec<Option<&[u8]>> = commit.storages.iter().map(|bytes| bytes.at_hand()).collect();
+        if storages.contains(&None) {
+            let lengths: Vec<u64> = commit.storages.iter().map(|bytes| bytes.len() as u64).collect();
+            for index in gathered(&commit.tree, &lengths) {
+                storages[index] = Some(commit.storages[index].all());
+            }
+        }
+        for (index, _) in &beside.known {
             storages[*index] = None; // Nobody keeps it from changing once it is known to be on disk.
         }
         let recorded_at = match &mut *guard(&self.journal) {
@@ -567,7 +576,7 @@ impl Run {
             _ => None,
         };
         let journal_head = self.durable_head(step, phase)?;
-        let checkpoint = store.commit(commit, self.life, now(), journal_head, still)?;
+        let checkpoint = store.commit(commit, self.life, now(), journal_head, beside)?;
         *guard(&self.listed) = store.checkpoints();
         let durable = Instant::now();
         let saved = Saved {

@@ -1,26 +1,26 @@
 //! Saving in the background: the training goes on while a copy of its state is digested and written.
 //!
 //! Touches: the run that it saves to; memory that it is lent, until [`Saver::fence`] has returned. One save is under way
-//! at a time, on a thread of its own; the next one waits for it. One arena holds the copy, kept and used again. What
-//! nobody has written to since the last save is not copied: it is digested where it lies.
+//! at a time, on threads of its own; the next one waits for it. What is written before the fence needs no copy; one arena
+//! holds that of the rest, kept and used again. What nobody has written to since the last save is not copied either: it
+//! is digested where it lies.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crate::arena::{Arena, copy_all};
-use crate::digest::{self, Digest, Fingerprint};
+use crate::arena::Arena;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest::{Manifest, StorageEntry};
+use crate::lending::{Bytes, Lending, Loan, Sampled, look_at};
 use crate::run::Run;
 use crate::state::Value;
-use crate::store::{Checkpoint, CheckpointInfo, Commit, Digested, Retention, Still};
+use crate::store::{Beside, Checkpoint, CheckpointInfo, Commit, Digested, Retention};
 
-/// Bytes that are copied at a time.
-const PIECE: usize = 4 << 20;
 /// Less lent memory than this is copied at once: it takes less time than to look after it.
 const WORTH_LENDING: usize = 8 << 20;
 /// Smaller storages are copied however long they did not change: it takes less than to remember them.
@@ -63,6 +63,17 @@ pub struct Region {
     /// Whether nobody is known to have written to it since the last save. Then it is not copied: it rests. A save that
     /// finds it changed all the same comes to nothing, as what it was at the boundary cannot be told any more.
     pub unmoved: bool,
+}
+
+/// What is known of lent memory, and what is looked at.
+#[derive(Default)]
+pub struct Terms {
+    /// Whether all of it is compared with what it was, instead of windows.
+    pub full: bool,
+    /// How long it will probably be until the fence, at the least. Unknown, it is copied at once.
+    pub lent_for: Option<Duration>,
+    /// Asked on another thread whether nothing is known to have changed, when all was read or copied.
+    pub confirm: Option<Box<dyn FnOnce() -> bool + Send>>,
 }
 
 /// What became of a save.
@@ -115,71 +126,85 @@ struct State {
 
 #[derive(Debug)]
 struct Flight {
-    copying: Arc<Copying>,
+    lending: Arc<Lending>,
     thread: JoinHandle<Outcome>,
-}
-
-/// Lent memory on its way into the arena. Whoever has time takes the next piece.
-#[derive(Debug)]
-struct Copying {
-    arena: Arc<Arena>,
-    pieces: Vec<Piece>,
-    next: AtomicUsize,
-    copied: Mutex<usize>,
-    changed: Condvar,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    from: usize,
-    to: usize,
-    length: usize,
-}
-
-impl Copying {
-    /// Copies pieces until none is left to take.
-    fn help(&self) {
-        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            // SAFETY: whoever lent the memory keeps it until the fence, which waits for this; each piece of the arena is
-            // written by whoever took it, and read only when all are.
-            unsafe { copy(piece.from, &self.arena, piece.to, piece.length) };
-            let mut copied = lock(&self.copied);
-            *copied += 1;
-            if *copied == self.pieces.len() {
-                self.changed.notify_all(); // Nobody waits for less, and each call costs more than a small copy.
-            }
-        }
-    }
-
-    /// Waits until every piece is copied.
-    fn wait(&self) {
-        let mut copied = lock(&self.copied);
-        while *copied < self.pieces.len() {
-            copied = self
-                .changed
-                .wait(copied)
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-    }
-}
-
-/// # Safety
-///
-/// The memory is readable; nobody else touches that part of the arena meanwhile.
-unsafe fn copy(from: usize, arena: &Arena, to: usize, length: usize) {
-    assert!(to + length <= arena.len(), "the arena was made for all of it");
-    // SAFETY: the caller's promise; the arena's memory is writable and this part lies in it.
-    unsafe {
-        std::ptr::copy_nonoverlapping(
-            std::ptr::with_exposed_provenance(from),
-            arena.address().add(to),
-            length,
-        )
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// What one save works with.
+struct Task {
+    run: Arc<Run>,
+    places: Arc<Mutex<Vec<Place>>>,
+    known: Arc<Mutex<Known>>,
+    lending: Arc<Lending>,
+    regions: Vec<Region>,
+    /// Which loan each region is; `None` where it rests.
+    numbers: Vec<Option<usize>>,
+    resting: Vec<Option<Digest>>,
+}
+
+impl Task {
+    fn save(&self, save: Save, terms: Terms) -> Outcome {
+        give_way(NICE);
+        let step = save.step;
+        let confirm = Mutex::new(terms.confirm);
+        let confirmed = || lock(&confirm).take().is_none_or(|confirm| confirm());
+        let sound = OnceLock::new();
+        let is_sound = || *sound.get_or_init(|| self.lending.is_sound() & confirmed());
+        let copier_gives_way = || give_way(COPY_NICE);
+        let written = self
+            .lending
+            .copying(terms.lent_for, copier_gives_way, || self.write(save, &is_sound));
+        // Asked in any case: what it holds on to is let go of by asking.
+        confirmed();
+        match written {
+            Ok(Some(checkpoint)) => {
+                let manifest = checkpoint.manifest();
+                *lock(&self.places) = places_in(manifest);
+                let storages = self.regions.iter().map(|region| (region.address, region.length));
+                *lock(&self.known) = known_of(storages, manifest);
+                Outcome::Saved(checkpoint.info().clone())
+            }
+            Ok(None) => Outcome::Stirred { step },
+            Err(_) if sound.get() == Some(&false) => Outcome::Torn { step },
+            Err(error) => Outcome::Failed { step, error },
+        }
+    }
+
+    /// Writes the checkpoint, and deletes older ones; `None` where something that rests is not what it was.
+    fn write(&self, save: Save, is_sound: &dyn Fn() -> bool) -> Result<Option<Checkpoint>> {
+        let bytes_of = |(region, number): (&Region, &Option<usize>)| match number {
+            Some(number) => Bytes::Lent(self.lending.share(*number)),
+            // SAFETY: who started the save promised that what is unmoved stays readable until there is an outcome.
+            None => Bytes::Here(unsafe { look_at(region.address, region.length) }),
+        };
+        let storages: Vec<Bytes> = self.regions.iter().zip(&self.numbers).map(bytes_of).collect();
+        let Some(known) = digest_resting(&self.run, &storages, &self.resting) else {
+            return Ok(None);
+        };
+        let commit = Commit {
+            step: save.step,
+            phase: save.phase,
+            tree: save.tree,
+            storages,
+            identity: save.identity,
+            environment: save.environment,
+            metrics: save.metrics,
+            pinned: save.pinned,
+        };
+        let beside = Beside {
+            known,
+            is_sound: Some(is_sound),
+        };
+        let checkpoint = self.run.commit_with(commit, beside)?;
+        if let Some(keep) = save.keep {
+            self.run.prune(&keep, false)?;
+        }
+        Ok(Some(checkpoint))
+    }
 }
 
 impl Saver {
@@ -196,9 +221,9 @@ impl Saver {
 
     /// Starts a save and returns. Waits first for one that is under way: its outcome must have been asked for.
     ///
-    /// What is neither lent nor resting is copied before this returns. Windows of what is lent are digested, or all of it
-    /// with `full`, and compared with the copy; then `confirm` is asked whether anything is known to have changed meanwhile.
-    /// What rests is digested after that.
+    /// What is neither lent nor resting is copied before this returns. Windows of what is lent are digested now, and again
+    /// when all of it was read, on its way to the disk or by being copied; then it is asked whether anything is known to
+    /// have changed meanwhile.
     ///
     /// # Durability
     ///
@@ -213,13 +238,7 @@ impl Saver {
     /// All regions are readable now; lent ones stay so, and are not written to, until [`Saver::fence`] has returned;
     /// unmoved ones, until there is an outcome. (A write before that is found out where it touches a window, and in what
     /// rests wherever it is; it is never a data race of Rust's making alone.)
-    pub unsafe fn start(
-        &self,
-        save: Save,
-        regions: &[Region],
-        full: bool,
-        confirm: Option<Box<dyn FnOnce() -> bool + Send>>,
-    ) -> Result<()> {
+    pub unsafe fn start(&self, save: Save, regions: &[Region], terms: Terms) -> Result<()> {
         self.check_process()?;
         let mut state = lock(&self.state);
         state.land();
@@ -230,92 +249,28 @@ impl Saver {
         let resting = resting(regions, &lock(&self.known));
         let (spans, end) = lay_out(&lengths, &lock(&self.places), |index| resting[index].is_some());
         let arena = self.arena(&mut state, end)?;
-        let seed = save.step;
-        let (mut pieces, mut lent_spans, mut lent_bytes, mut at_once) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let moving = || {
-            let pairs = regions.iter().zip(&spans).zip(&resting);
-            pairs.filter_map(|(pair, rests)| rests.is_none().then_some(pair))
+        let (loans, numbers) = loans(regions, &spans, &resting);
+        let sampled = if terms.full {
+            Sampled::All
+        } else {
+            Sampled::Windows(save.step)
         };
-        let lent: usize = moving()
-            .filter(|(region, _)| region.lent)
-            .map(|(region, _)| region.length)
-            .sum();
-        for (region, span) in moving() {
-            if lent < WORTH_LENDING || !region.lent {
-                assert!(span.end <= arena.len(), "the arena was made for all of it");
-                // SAFETY: the caller's promise; no thread uses the arena yet, and no two spans have a byte in common.
-                at_once.push(unsafe {
-                    (
-                        look_at(region),
-                        std::slice::from_raw_parts_mut(arena.address().add(span.start), span.len()),
-                    )
-                });
-                continue;
-            }
-            lent_spans.push(span.clone());
-            // SAFETY: the caller's promise.
-            lent_bytes.push(unsafe { look_at(region) });
-            for at in (0..region.length).step_by(PIECE) {
-                pieces.push(Piece {
-                    from: region.address + at,
-                    to: span.start + at,
-                    length: PIECE.min(region.length - at),
-                });
-            }
-        }
-        let expected = digest::of_each(&lent_bytes, |bytes| fingerprint(bytes, seed, full));
-        copy_all(at_once);
-        let copying = Arc::new(Copying {
-            arena,
-            pieces,
-            next: AtomicUsize::new(0),
-            copied: Mutex::new(0),
-            changed: Condvar::new(),
-        });
-        let (run, theirs) = (Arc::clone(&self.run), Arc::clone(&copying));
-        let (places, known) = (Arc::clone(&self.places), Arc::clone(&self.known));
-        let regions = regions.to_vec();
-        let work = move || {
-            give_way();
-            theirs.help();
-            theirs.wait();
-            let bytes = theirs.arena.bytes();
-            let step = save.step;
-            let copies: Vec<&[u8]> = lent_spans.iter().map(|span| &bytes[span.clone()]).collect();
-            // Asked in any case: what it holds on to is let go of by asking.
-            let confirmed = confirm.is_none_or(|confirm| confirm());
-            if !confirmed || expected != digest::of_each(&copies, |bytes| fingerprint(bytes, seed, full)) {
-                return Outcome::Torn { step };
-            }
-            let storage = |((region, span), rests): ((&Region, &Range<usize>), &Option<Digest>)| match rests {
-                None => &bytes[span.clone()],
-                // SAFETY: the caller's promise: what is unmoved stays readable until there is an outcome.
-                Some(_) => unsafe { look_at(region) },
-            };
-            let storages: Vec<&[u8]> = regions.iter().zip(&spans).zip(&resting).map(storage).collect();
-            let Some(digested) = digest_resting(&run, &storages, &resting) else {
-                return Outcome::Stirred { step };
-            };
-            let still = Still {
-                memory: Some(bytes),
-                known: digested,
-            };
-            match write(&run, save, storages, still) {
-                Ok(checkpoint) => {
-                    *lock(&places) = places_in(checkpoint.manifest());
-                    let storages = regions.iter().map(|region| (region.address, region.length));
-                    *lock(&known) = known_of(storages, checkpoint.manifest());
-                    Outcome::Saved(checkpoint.info().clone())
-                }
-                Err(error) => Outcome::Failed { step, error },
-            }
+        // SAFETY: the caller's promise; no thread uses the arena yet, and no two spans have a byte in common.
+        let lending = Arc::new(unsafe { Lending::new(arena, &loans, sampled) });
+        let task = Task {
+            run: Arc::clone(&self.run),
+            places: Arc::clone(&self.places),
+            known: Arc::clone(&self.known),
+            lending: Arc::clone(&lending),
+            regions: regions.to_vec(),
+            numbers,
+            resting,
         };
         let thread = std::thread::Builder::new().name("unbroken-save".to_owned());
         let thread = thread
-            .spawn(work)
+            .spawn(move || task.save(save, terms))
             .map_err(|error| Error::io("start a thread to save", self.run.path(), error))?;
-        state.flight = Some(Flight { copying, thread });
+        state.flight = Some(Flight { lending, thread });
         Ok(())
     }
 
@@ -342,13 +297,15 @@ impl Saver {
     /// # Errors
     ///
     /// Those of [`Run::commit`].
-    pub fn commit(&self, commit: Commit) -> Result<CheckpointInfo> {
+    pub fn commit(&self, commit: Commit<&[u8]>) -> Result<CheckpointInfo> {
         let storages: Vec<(usize, usize)> = commit
             .storages
             .iter()
             .map(|bytes| (bytes.as_ptr().addr(), bytes.len()))
             .collect();
-        let checkpoint = self.run.commit_still(commit, Still::default())?;
+        let checkpoint = self
+            .run
+            .commit_with(commit.with_storages(Bytes::Here), Beside::default())?;
         *lock(&self.known) = known_of(storages.into_iter(), checkpoint.manifest());
         Ok(checkpoint.info().clone())
     }
@@ -364,13 +321,12 @@ impl Saver {
         if self.pid != std::process::id() {
             return; // What is lent was lent by another process.
         }
-        let copying = lock(&self.state)
+        let lending = lock(&self.state)
             .flight
             .as_ref()
-            .map(|flight| Arc::clone(&flight.copying));
-        if let Some(copying) = copying {
-            copying.help();
-            copying.wait();
+            .map(|flight| Arc::clone(&flight.lending));
+        if let Some(lending) = lending {
+            lending.fence();
         }
     }
 
@@ -435,24 +391,27 @@ impl Drop for Saver {
     }
 }
 
-/// # Safety
-///
-/// The region is readable while the slice is used.
-unsafe fn look_at<'a>(region: &Region) -> &'a [u8] {
-    if region.length == 0 {
-        return &[];
-    }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(region.address), region.length) }
-}
-
-/// What of lent memory is compared with its copy: a sample, elsewhere for each seed, or with `full` all of it.
-fn fingerprint(bytes: &[u8], seed: u64, full: bool) -> Fingerprint {
-    if full {
-        Fingerprint::of(bytes)
-    } else {
-        Fingerprint::of_sample(bytes, seed)
-    }
+/// The loans of what does not rest, and which one each region is.
+fn loans(
+    regions: &[Region],
+    spans: &[Range<usize>],
+    resting: &[Option<Digest>],
+) -> (Vec<Loan>, Vec<Option<usize>>) {
+    let moving = || {
+        let pairs = regions.iter().zip(spans).zip(resting);
+        pairs.filter_map(|(pair, rests)| rests.is_none().then_some(pair))
+    };
+    let lent = moving().filter(|(region, _)| region.lent);
+    let is_worth_it = lent.map(|(region, _)| region.length).sum::<usize>() >= WORTH_LENDING;
+    let loan = |(region, span): (&Region, &Range<usize>)| Loan {
+        address: region.address,
+        length: region.length,
+        place: span.start,
+        lent: region.lent && is_worth_it,
+    };
+    let mut count = 0..;
+    let number = |rests: &Option<Digest>| if rests.is_none() { count.next() } else { None };
+    (moving().map(loan).collect(), resting.iter().map(number).collect())
 }
 
 /// What each region was at the last save, of those that rest.
@@ -476,13 +435,13 @@ fn known_of(storages: impl Iterator<Item = (usize, usize)>, manifest: &Manifest)
 /// Digests what rests; `None` where something is not what it was.
 fn digest_resting(
     run: &Run,
-    storages: &[&[u8]],
+    storages: &[Bytes],
     resting: &[Option<Digest>],
 ) -> Option<Vec<(usize, Digested)>> {
     let indices: Vec<usize> = (0..storages.len())
         .filter(|&index| resting[index].is_some())
         .collect();
-    let bytes: Vec<&[u8]> = indices.iter().map(|&index| storages[index]).collect();
+    let bytes: Vec<&[u8]> = indices.iter().map(|&index| storages[index].all()).collect();
     let found: Vec<(usize, Digested)> = indices.into_iter().zip(run.digest(&bytes)).collect();
     let stayed = |(index, found): &(usize, Digested)| resting[*index] == Some(found.digest);
     found.iter().all(stayed).then_some(found)
@@ -491,24 +450,6 @@ fn digest_resting(
 /// Whether an arena is long enough, and not so long that it wastes memory.
 fn fits(has: usize, needed: usize) -> bool {
     has >= needed && has <= needed.saturating_mul(2).max(WORTH_GIVING_BACK)
-}
-
-fn write(run: &Run, save: Save, storages: Vec<&[u8]>, still: Still) -> Result<Checkpoint> {
-    let commit = Commit {
-        step: save.step,
-        phase: save.phase,
-        tree: save.tree,
-        storages,
-        identity: save.identity,
-        environment: save.environment,
-        metrics: save.metrics,
-        pinned: save.pinned,
-    };
-    let checkpoint = run.commit_still(commit, still)?;
-    if let Some(keep) = save.keep {
-        run.prune(&keep, false)?;
-    }
-    Ok(checkpoint)
 }
 
 /// What a storage was last: its length, and where it went in the pack; `None` where it was on disk already.
@@ -571,12 +512,13 @@ fn lay_out(lengths: &[usize], places: &[Place], rests: impl Fn(usize) -> bool) -
 /// How far the training goes first. At 19 it hardly notices a save, and whoever waits for one on a busy machine waits for
 /// long; at 5 it loses 3 % of its time while a save is under way.
 const NICE: i32 = 10;
+const COPY_NICE: i32 = 0;
 
 /// Lets the training go first where there are fewer cores than threads.
-fn give_way() {
+fn give_way(nice: i32) {
     // On Linux this is the calling thread's own, and that of the threads it starts. Refused, nothing is lost.
     #[cfg(target_os = "linux")]
-    let _ = rustix::process::setpriority_process(None, NICE);
+    let _ = rustix::process::setpriority_process(None, nice);
 }
 
 #[cfg(test)]

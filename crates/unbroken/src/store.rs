@@ -23,6 +23,7 @@ use crate::digest::{Digest, Fingerprint, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::{Flaw, pack};
+use crate::lending::Bytes;
 use crate::state::{Tensor, Value};
 use crate::storage::Directory;
 use crate::storage::disk::DiskStorage;
@@ -35,7 +36,7 @@ pub(crate) use read::{Claim, verify_pack};
 use renewal::Chunks;
 pub use retention::{Best, Order, Retention};
 pub use write::Commit;
-pub(crate) use write::{Digested, Still};
+pub(crate) use write::{Beside, Digested};
 
 /// Directory of the manifests.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
@@ -383,7 +384,7 @@ pub struct Store {
 struct Habit {
     digest: Digest,
     length: u64,
-    /// Whether the last commit found bytes there that are nowhere else, and other ones than the commit before.
+    /// Whether the last commit found bytes there that were nowhere else.
     changes: bool,
     /// Samples of the last commit's bytes: other ones now are proof of a change. Unknown when a life begins.
     windows: Option<[Fingerprint; WINDOWS]>,
@@ -693,7 +694,7 @@ pub(crate) fn leaf_of(tree: &Value, storage: usize) -> String {
 
 /// Names for what goes into a pack: a storage's first leaf's path, made unique, and its look if it is the whole storage
 /// that is written; otherwise what else it is, and how many bytes.
-fn pack_tensors(tree: &Value, storages: &[&[u8]], new: &[Shown]) -> Vec<pack::PackTensor> {
+fn pack_tensors(tree: &Value, storages: &[Bytes], new: &[Shown]) -> Vec<pack::PackTensor> {
     // A storage's first leaf: its path, and dtype and shape if it is the whole storage.
     type Look<'t> = Option<(&'t str, &'t [u64])>;
     let mut first: Vec<Option<(String, Look)>> = vec![None; storages.len()];

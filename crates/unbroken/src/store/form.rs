@@ -11,6 +11,7 @@ use crate::format::manifest::Manifest;
 use crate::format::pack::{self, PackLayout};
 use crate::format::saved::Node;
 use crate::format::{Flaw, value};
+use crate::lending::Bytes;
 use crate::state::Value;
 
 /// What a pack shows of a storage: its index, and what else than its bytes, and how many, where it is that.
@@ -67,7 +68,7 @@ impl Form {
 pub(super) fn pack_as_before(
     form: Option<&Form>,
     tree: &Value,
-    storages: &[&[u8]],
+    storages: &[Bytes],
     shown: Vec<Shown>,
 ) -> Result<Packed, Flaw> {
     let length = |(index, _): &Shown| storages[*index].len() as u64;
@@ -251,8 +252,8 @@ mod tests {
     fn a_pack_of_other_storages_or_other_lengths_is_laid_out_anew() {
         let tree = with(|_, _| ());
         let form = Form::of(Arc::new(manifest_of(tree.clone())));
-        let (long, short): (&[u8], &[u8]) = (&[0; 24], &[0; 8]);
-        let pack = |form: Option<&Form>, storages: [&[u8]; 2], shown: &[Shown]| {
+        let (long, short) = (Bytes::Here(&[0; 24]), Bytes::Here(&[0; 8]));
+        let pack = |form: Option<&Form>, storages: [Bytes; 2], shown: &[Shown]| {
             pack_as_before(form, &tree, &storages, shown.to_vec()).unwrap()
         };
         let both: [Shown; 2] = [(0, None), (1, None)];

@@ -3,15 +3,17 @@
 //! Touches: one file, at every place of it once; the memory that it is given, read only. Some threads digest pieces of
 //! the file, others write them: those that wait for the disk need no core. Memory that somebody else might change is
 //! copied into an aligned buffer, digested there and written from there; a copy that nobody changes, and that lies as a
-//! direct write needs it, is written from where it is. Either way what is digested is what is written.
+//! direct write needs it, is written from where it is. Either way what is digested is what is written. Copies may be in
+//! the making: those who digest begin with the first piece, those who write from a copy with the last one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::arena::Arena;
-use crate::digest::{Assembly, Digest, GROUP};
+use crate::digest::{Assembly, GROUP};
 use crate::error::{Error, Result};
+use crate::lending::{Bytes, Share};
 use crate::storage::{DIRECT_ALIGNMENT, File};
 
 /// Most threads that digest: beyond that, they are faster than any disk.
@@ -60,23 +62,16 @@ impl Buffers {
 struct Job<'a> {
     file: &'a File,
     piece: usize,
-    /// What of the file lies in memory that stays as it is, in the file's order.
-    runs: Vec<Run<'a>>,
+    /// Where in memory a piece's bytes lie, or will, if they lie there as in the file, and aligned.
+    places: Vec<Option<usize>>,
     /// Header, then storages; where each begins in the file.
-    parts: Vec<&'a [u8]>,
+    parts: Vec<Bytes<'a>>,
     starts: Vec<usize>,
     length: usize,
     /// Of the storages, without the header.
     digests: Vec<Assembly>,
     /// Groups that lie in two pieces, by the second one's number.
     seams: Vec<Mutex<Seam>>,
-}
-
-/// Bytes that lie in memory as in the file, whatever parts they are of.
-struct Run<'a> {
-    /// Where they begin in the file.
-    start: usize,
-    bytes: &'a [u8],
 }
 
 /// The bytes of a group that two pieces bring.
@@ -89,38 +84,38 @@ struct Seam {
 /// Pieces on their way to the disk, between those who digest and those who write.
 struct Line<'a, 'b> {
     job: &'a Job<'a>,
-    state: Mutex<State<'a, 'b>>,
+    state: Mutex<State<'b>>,
     changed: Condvar,
 }
 
-struct State<'a, 'b> {
+struct State<'b> {
     /// Number of the next piece to digest.
     next: usize,
-    /// Where in the file those are written from where they are, and what.
-    straight: VecDeque<(usize, &'a [u8])>,
+    /// Those that may be written from where they are, in the file's order.
+    straight: VecDeque<usize>,
     /// Digested, to be written; and empty again.
     filled: VecDeque<(usize, usize, &'b mut [u8])>,
     empty: Vec<&'b mut [u8]>,
     /// How many still digest.
     digesting: usize,
+    /// How many pieces were written.
+    written: usize,
     failed: bool,
 }
 
-/// Writes header and storages one behind the other, and returns each storage's digest.
-///
-/// What of the storages lies in `still` nobody changes meanwhile.
+/// Writes header and storages one behind the other, and returns what was digested of each, in groups of as many bytes as
+/// it says: a power of two up to [`GROUP`].
 ///
 /// Touches no byte of the file behind them; nothing is durable before the file is synced.
 pub(super) fn write<'a>(
     file: &'a File,
     header: &'a [u8],
-    storages: impl Iterator<Item = &'a [u8]>,
-    still: Option<&'a [u8]>,
+    storages: impl Iterator<Item = (Bytes<'a>, usize)>,
     buffers: &mut Buffers,
-) -> Result<Vec<Digest>> {
-    let job = Job::new(file, header, storages, still, buffers.piece);
-    let straight = job.straight();
-    let pieces = job.length.div_ceil(job.piece);
+) -> Result<Vec<Assembly>> {
+    let job = Job::new(file, header, storages, buffers.piece);
+    let pieces = job.pieces();
+    let straight: VecDeque<usize> = (0..pieces).filter(|&piece| job.places[piece].is_some()).collect();
     let copied = (0..pieces).filter(|&piece| job.in_place(piece).is_none()).count();
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let writers = buffers.writers.min(pieces);
@@ -129,7 +124,7 @@ pub(super) fn write<'a>(
     let path = file.path();
     let empty = buffers.take(copied.min(if alone { 1 } else { writers + digesters }), &path)?;
     if alone {
-        job.write_alone(empty, straight)?;
+        job.write_alone(empty)?;
     } else {
         let line = Line {
             job: &job,
@@ -139,6 +134,7 @@ pub(super) fn write<'a>(
                 filled: VecDeque::new(),
                 empty,
                 digesting: digesters,
+                written: 0,
                 failed: false,
             }),
             changed: Condvar::new(),
@@ -155,14 +151,15 @@ pub(super) fn write<'a>(
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             })
         })?;
+        assert_eq!(line.lock().written, pieces, "every piece is written once");
     }
-    Ok(job.digests.iter().map(Assembly::finish).collect())
+    Ok(job.digests)
 }
 
 impl<'a, 'b> Line<'a, 'b> {
     /// Digests pieces until there are no more, or one could not be written.
     fn digest(&self) {
-        let pieces = self.job.length.div_ceil(self.job.piece);
+        let pieces = self.job.pieces();
         let mut state = self.lock();
         while state.next < pieces && !state.failed {
             let piece = state.next;
@@ -171,8 +168,12 @@ impl<'a, 'b> Line<'a, 'b> {
                 drop(state);
                 self.job.digest_in_place(piece, bytes);
                 state = self.lock();
+                self.changed.notify_all(); // Meanwhile others may have been copied.
             } else if let Some(buffer) = state.empty.pop() {
                 state.next += 1;
+                if let Ok(at) = state.straight.binary_search(&piece) {
+                    state.straight.remove(at); // It may be copied any moment, and is written from the buffer.
+                }
                 drop(state);
                 let filled = self.job.fill(piece, buffer);
                 state = self.lock();
@@ -198,12 +199,12 @@ impl<'a, 'b> Line<'a, 'b> {
                     .write_all_at((piece * self.job.piece) as u64, &buffer[..filled]);
                 state = self.lock();
                 state.empty.push(buffer);
-                self.told(&mut state, outcome)?;
-            } else if let Some((offset, bytes)) = state.straight.pop_front() {
+                self.told(&mut state, 1, outcome)?;
+            } else if let Some((piece, bytes)) = self.job.take_last(&mut state.straight) {
                 drop(state);
-                let outcome = self.job.file.write_all_at(offset as u64, bytes);
+                let outcome = self.job.file.write_all_at((piece * self.job.piece) as u64, bytes);
                 state = self.lock();
-                self.told(&mut state, outcome)?;
+                self.told(&mut state, bytes.len() / self.job.piece, outcome)?;
             } else if state.digesting == 0 {
                 break;
             } else {
@@ -214,17 +215,18 @@ impl<'a, 'b> Line<'a, 'b> {
     }
 
     /// Lets the others know that a write is over.
-    fn told(&self, state: &mut State, outcome: Result<()>) -> Result<()> {
+    fn told(&self, state: &mut State, pieces: usize, outcome: Result<()>) -> Result<()> {
+        state.written += pieces;
         state.failed |= outcome.is_err();
         self.changed.notify_all();
         outcome
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<'a, 'b>> {
+    fn lock(&self) -> MutexGuard<'_, State<'b>> {
         self.state.lock().expect("nothing panics with it")
     }
 
-    fn wait<'g>(&'g self, state: MutexGuard<'g, State<'a, 'b>>) -> MutexGuard<'g, State<'a, 'b>> {
+    fn wait<'g>(&'g self, state: MutexGuard<'g, State<'b>>) -> MutexGuard<'g, State<'b>> {
         self.changed.wait(state).expect("nothing panics with it")
     }
 }
@@ -233,48 +235,51 @@ impl<'a> Job<'a> {
     fn new(
         file: &'a File,
         header: &'a [u8],
-        storages: impl Iterator<Item = &'a [u8]>,
-        still: Option<&'a [u8]>,
+        storages: impl Iterator<Item = (Bytes<'a>, usize)>,
         piece: usize,
     ) -> Job<'a> {
-        let parts: Vec<&[u8]> = std::iter::once(header).chain(storages).collect();
+        let (mut parts, mut digests) = (vec![Bytes::Here(header)], Vec::new());
+        for (bytes, grain) in storages {
+            parts.push(bytes);
+            digests.push(Assembly::of_groups(bytes.len() as u64, grain));
+        }
         let mut length = 0;
         let mut starts = Vec::with_capacity(parts.len());
         for part in &parts {
             starts.push(length);
             length += part.len();
         }
-        let digest = |part: &&[u8]| Assembly::new(part.len() as u64);
-        Job {
+        let mut job = Job {
             file,
             piece,
-            runs: still.map_or_else(Vec::new, |still| runs_in(still, &parts, &starts)),
+            places: Vec::new(),
             starts,
             length,
-            digests: parts[1..].iter().map(digest).collect(),
+            digests,
             parts,
             seams: (0..length.div_ceil(piece)).map(|_| Mutex::default()).collect(),
-        }
+        };
+        job.places = (0..job.pieces()).map(|piece| job.place(piece)).collect();
+        job
+    }
+
+    fn pieces(&self) -> usize {
+        self.length.div_ceil(self.piece)
     }
 
     /// Writes everything on this thread, with one buffer.
-    fn write_alone(
-        &self,
-        mut buffers: Vec<&mut [u8]>,
-        straight: impl IntoIterator<Item = (usize, &'a [u8])>,
-    ) -> Result<()> {
-        for piece in 0..self.length.div_ceil(self.piece) {
+    fn write_alone(&self, mut buffers: Vec<&mut [u8]>) -> Result<()> {
+        for piece in 0..self.pieces() {
+            let at = (piece * self.piece) as u64;
             if let Some(bytes) = self.in_place(piece) {
                 self.digest_in_place(piece, bytes);
+                self.file.write_all_at(at, bytes)?;
                 continue;
             }
             let filled = self.fill(piece, buffers[0]);
-            self.file
-                .write_all_at((piece * self.piece) as u64, &buffers[0][..filled])?;
+            self.file.write_all_at(at, &buffers[0][..filled])?;
         }
-        straight
-            .into_iter()
-            .try_for_each(|(offset, bytes)| self.file.write_all_at(offset as u64, bytes))
+        Ok(())
     }
 
     /// The part that has the file's byte `at`, and which of its bytes that is.
@@ -283,41 +288,71 @@ impl<'a> Job<'a> {
         (part, at - self.starts[part])
     }
 
-    /// A whole piece's bytes where it can be written from where they are.
-    fn in_place(&self, piece: usize) -> Option<&'a [u8]> {
-        self.in_memory(piece * self.piece, self.piece)
-            .filter(|bytes| bytes.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT))
-    }
-
-    /// The file's bytes from `start` on, where they lie in memory as there.
-    fn in_memory(&self, start: usize, length: usize) -> Option<&'a [u8]> {
-        let run = self
-            .runs
-            .partition_point(|run| run.start <= start)
-            .checked_sub(1)?;
-        let run = &self.runs[run];
-        run.bytes.get(start - run.start..)?.get(..length)
-    }
-
-    /// All that is written from where it is, in as few writes as are worth it.
-    fn straight(&self) -> VecDeque<(usize, &'a [u8])> {
-        let mut found: VecDeque<(usize, &[u8])> = VecDeque::new();
-        for piece in 0..self.length / self.piece {
-            let Some(bytes) = self.in_place(piece) else {
-                continue;
-            };
-            let start = piece * self.piece;
-            if let Some((before, last)) = found.back_mut()
-                && *before + last.len() == start
-                && last.len() < AT_ONCE * self.piece
-                && let Some(both) = self.in_memory(*before, last.len() + bytes.len())
-            {
-                *last = both;
-            } else {
-                found.push_back((start, bytes));
-            }
+    /// The parts of whole pieces; `None` where they are not all lent.
+    fn shares(&self, pieces: Range<usize>) -> Option<Vec<Share<'a>>> {
+        let mut shares = Some(Vec::new());
+        if pieces.end * self.piece > self.length {
+            return None; // The last one is cut off, which no direct write may be.
         }
-        found
+        self.each_part(pieces.start, pieces.len() * self.piece, |part, from, range| {
+            if range.is_empty() {
+                return;
+            }
+            match (
+                &mut shares,
+                self.parts[part].part(from..from + range.len()).share(),
+            ) {
+                (Some(shares), Some(share)) => shares.push(share),
+                _ => shares = None,
+            }
+        });
+        shares
+    }
+
+    /// Where in memory a whole piece lies, if it does as in the file, and aligned.
+    fn place(&self, piece: usize) -> Option<usize> {
+        let shares = self.shares(piece..piece + 1)?;
+        let first = shares.first()?.place();
+        let mut end = first;
+        for share in &shares {
+            if share.place() != end {
+                return None;
+            }
+            end += share.len();
+        }
+        first.is_multiple_of(DIRECT_ALIGNMENT).then_some(first)
+    }
+
+    /// A whole piece's bytes where it can be written from where they are, now that they are there.
+    fn in_place(&self, piece: usize) -> Option<&'a [u8]> {
+        self.places[piece]?;
+        Share::joined(self.shares(piece..piece + 1)?.into_iter())
+    }
+
+    /// Takes the last of the pieces that can be written from where they are, and those before it that are worth one write
+    /// with it.
+    fn take_last(&self, straight: &mut VecDeque<usize>) -> Option<(usize, &'a [u8])> {
+        let last = straight
+            .iter()
+            .rposition(|&piece| self.in_place(piece).is_some())?;
+        let end = straight[last] + 1;
+        let is_next = |at: usize| {
+            let (piece, place) = (straight[at], self.places[straight[at]]);
+            piece + 1 == straight[at + 1]
+                && place.map(|place| place + self.piece) == self.places[piece + 1]
+                && self.in_place(piece).is_some()
+        };
+        let mut first = last;
+        while first > 0 && last + 1 - first < AT_ONCE && is_next(first - 1) {
+            first -= 1;
+        }
+        let piece = straight[first];
+        straight.drain(first..=last);
+        let shares = self.shares(piece..end)?;
+        Some((
+            piece,
+            Share::joined(shares.into_iter()).expect("each is there, behind the one before"),
+        ))
     }
 
     /// Digests a piece that is written from where it is.
@@ -334,14 +369,14 @@ impl<'a> Job<'a> {
     fn fill(&self, piece: usize, buffer: &mut [u8]) -> usize {
         let filled = (self.length - piece * self.piece).min(self.piece);
         self.each_part(piece, filled, |part, from, range| {
-            let (source, into) = (&self.parts[part][from..from + range.len()], &mut buffer[range]);
+            let (source, into) = (self.parts[part], &mut buffer[range]);
             if part == 0 {
-                into.copy_from_slice(source); // The header's digest is in the layout.
+                source.read(from, into); // The header's digest is in the layout.
                 return;
             }
-            self.each_group(part, from, source.len(), |at, stop, group_end| {
+            self.each_group(part, from, into.len(), |at, stop, group_end| {
                 let bytes = &mut into[at - from..stop - from];
-                bytes.copy_from_slice(&source[at - from..stop - from]);
+                source.read(at, bytes);
                 self.digest(piece, part, at, group_end, bytes); // Still in the nearest cache.
             });
         });
@@ -382,8 +417,14 @@ impl<'a> Job<'a> {
         } else if at + bytes.len() < group_end {
             self.sew(piece + 1, storage, at, group_end, bytes);
         } else {
-            self.digests[storage].put(at / GROUP, bytes);
+            self.put(storage, at, bytes);
         }
+    }
+
+    /// Digests a whole group.
+    fn put(&self, storage: usize, at: usize, bytes: &[u8]) {
+        let digest = &self.digests[storage];
+        digest.put(at / digest.grain(), bytes);
     }
 
     /// Brings a part of a group; whoever brings the last one digests it.
@@ -396,31 +437,9 @@ impl<'a> Job<'a> {
         if seam.arrived == seam.bytes.len() {
             let whole = std::mem::take(&mut seam.bytes);
             drop(seam);
-            self.digests[storage].put(group, &whole);
+            self.put(storage, group * GROUP, &whole);
         }
     }
-}
-
-/// What of a file's parts lies in `memory`, those that lie there one behind the other as in the file as one.
-fn runs_in<'a>(memory: &'a [u8], parts: &[&[u8]], starts: &[usize]) -> Vec<Run<'a>> {
-    let mut found: Vec<(usize, Range<usize>)> = Vec::new();
-    for (part, &start) in parts.iter().zip(starts).filter(|(part, _)| !part.is_empty()) {
-        let at = part.as_ptr().addr().checked_sub(memory.as_ptr().addr());
-        let Some(at) = at.filter(|at| at + part.len() <= memory.len()) else {
-            continue;
-        };
-        match found.last_mut() {
-            Some((first, range)) if range.end == at && *first + range.len() == start => {
-                range.end += part.len()
-            }
-            _ => found.push((start, at..at + part.len())),
-        }
-    }
-    let run = |(start, range): (usize, Range<usize>)| Run {
-        start,
-        bytes: &memory[range],
-    };
-    found.into_iter().map(run).collect()
 }
 
 #[cfg(test)]
@@ -430,45 +449,87 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::digest::Digest;
+    use crate::lending::{Lending, Loan, Sampled};
     use crate::storage::Directory;
     use crate::storage::faulty::{Fault, FaultyStorage};
     use crate::storage::memory::MemoryStorage;
 
     fn lengths() -> impl Strategy<Value = Vec<usize>> {
-        let length = prop_oneof![0..20usize, 0..5000usize, (GROUP - 3)..(GROUP + 3), 0..(7 * GROUP)];
+        let length = prop_oneof![
+            1 => 0..20usize,
+            1 => 0..5000usize,
+            1 => (GROUP - 3)..(GROUP + 3),
+            3 => 0..(7 * GROUP)
+        ];
         proptest::collection::vec(length, 0..8)
     }
 
-    /// Writes storages that lie one behind the other in an arena, from its byte `begin` on, and returns file and digests.
-    fn written(
-        storages: &[Vec<u8>],
+    /// Loans of storages whose copies lie one behind the other, from the arena's byte `begin` on.
+    fn lending(storages: &[Vec<u8>], begin: usize, lent: bool) -> Lending {
+        let mut place = begin;
+        let loan = |storage: &Vec<u8>| {
+            let loan = Loan {
+                address: storage.as_ptr().expose_provenance(),
+                length: storage.len(),
+                place,
+                lent,
+            };
+            place += storage.len();
+            loan
+        };
+        let loans: Vec<Loan> = storages.iter().map(loan).collect();
+        let arena = Arc::new(Arena::new(place).unwrap());
+        // SAFETY: the caller keeps the storages; no two places have a byte in common.
+        unsafe { Lending::new(arena, &loans, Sampled::All) }
+    }
+
+    /// Writes storages, and returns file and digests.
+    fn written<'a>(
         header: &[u8],
-        begin: usize,
-        still: bool,
+        storages: impl Iterator<Item = Bytes<'a>>,
         buffers: &mut Buffers,
     ) -> (Vec<u8>, Vec<Digest>) {
-        let bytes = storages.concat();
-        let mut arena = Arena::new(begin + bytes.len()).unwrap();
-        arena.bytes_mut()[begin..begin + bytes.len()].copy_from_slice(&bytes);
-        let still = still.then(|| arena.bytes());
-        let mut rest = &arena.bytes()[begin..];
-        let slices = storages.iter().map(|storage| {
-            let (slice, behind) = rest.split_at(storage.len());
-            rest = behind;
-            slice
-        });
         let memory = MemoryStorage::new();
         let file = Directory::new(Arc::new(memory.clone())).create_new("f").unwrap();
-        let digests = write(&file, header, slices, still, buffers).unwrap();
-        (memory.files()["f"].clone(), digests)
+        let storages: Vec<Bytes> = storages.collect();
+        let grains = [1 << 10, 8 << 10, GROUP].into_iter().cycle();
+        let digests = write(&file, header, storages.into_iter().zip(grains), buffers).unwrap();
+        (
+            memory.files()["f"].clone(),
+            digests.iter().map(Assembly::finish).collect(),
+        )
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Memory {
+        /// It stays as it is.
+        Here,
+        /// A copy was made before.
+        Copied,
+        /// It is lent, and copied by another thread meanwhile, or not at all.
+        Lent { copier: bool },
+    }
+
+    /// What a piece is longer than whole groups: most are aligned, so that they may be written from where they are.
+    fn odd() -> impl Strategy<Value = usize> {
+        prop_oneof![4 => Just(0), 1 => 0..70usize]
+    }
+
+    fn memory() -> impl Strategy<Value = Memory> {
+        prop_oneof![
+            1 => Just(Memory::Here),
+            1 => Just(Memory::Copied),
+            2 => any::<bool>().prop_map(|copier| Memory::Lent { copier })
+        ]
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
         fn every_cut_into_pieces_writes_the_same_file_and_digests(
-            lengths in lengths(), header in 1..300usize, pieces in 1..4usize, odd in 0..70usize, writers in 1..4usize,
-            still: bool, as_in_the_file: bool
+            lengths in lengths(), header in 1..300usize, pieces in 1..4usize, odd in odd(), writers in 1..4usize,
+            memory in memory(), as_in_the_file: bool, settled in 0..256u32
         ) {
             let storages: Vec<Vec<u8>> = lengths
                 .iter()
@@ -478,7 +539,18 @@ mod tests {
             let header = vec![9; header];
             let mut buffers = Buffers::new(pieces * GROUP + odd, writers);
             let begin = if as_in_the_file { header.len() } else { 64 };
-            let (file, digests) = written(&storages, &header, begin, still, &mut buffers);
+            let lending = lending(&storages, begin, matches!(memory, Memory::Lent { .. }));
+            let shares = || (0..storages.len()).map(|index| Bytes::Lent(lending.share(index)));
+            // Copied before all others, wherever they are among them.
+            for (index, share) in shares().enumerate().filter(|(index, _)| settled >> index & 1 == 1) {
+                prop_assert_eq!(share.all(), &storages[index]);
+            }
+            let (file, digests) = match memory {
+                Memory::Here => written(&header, storages.iter().map(|bytes| Bytes::Here(bytes)), &mut buffers),
+                Memory::Copied | Memory::Lent { copier: false } => written(&header, shares(), &mut buffers),
+                Memory::Lent { copier: true } => lending.copying(None, || (), || written(&header, shares(), &mut buffers)),
+            };
+            prop_assert!(lending.is_sound());
             let expected: Vec<Digest> = storages.iter().map(|bytes| Digest::of(bytes)).collect();
             prop_assert_eq!(digests, expected);
             prop_assert!(file == [header, storages.concat()].concat());
@@ -486,30 +558,51 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_in_memory_as_in_the_file_and_stays_is_written_from_there() {
+    fn what_lies_in_memory_as_in_the_file_and_is_copied_is_written_from_there() {
         let header = vec![9; 128];
         // Few large storages or many small ones: it is all the same where they lie one behind the other.
         let large = vec![3, 11 * GROUP];
         let small = [vec![3], vec![0], vec![GROUP / 8; 88]].concat();
-        for (lengths, (still, begin, from_there)) in [&large, &small]
-            .into_iter()
-            .flat_map(|lengths| [(true, 128, 10), (true, 64, 0), (false, 128, 0)].map(|case| (lengths, case)))
-        {
-            let mut arena = Arena::new(begin + 12 * GROUP).unwrap();
-            arena.bytes_mut()[begin..][..3 + 11 * GROUP].fill(7);
-            let mut rest = &arena.bytes()[begin..];
-            let storages = lengths.iter().map(|&length| rest.split_off(..length).unwrap());
-            let memory = MemoryStorage::new();
-            let file = Directory::new(Arc::new(memory)).create_new("f").unwrap();
-            let job = Job::new(&file, &header, storages, still.then(|| arena.bytes()), GROUP);
-            let straight = job.straight();
-            let total: usize = straight.iter().map(|(_, bytes)| bytes.len()).sum();
-            assert_eq!(total, from_there * GROUP, "still {still}, from {begin}");
-            assert!(straight.iter().all(|(_, bytes)| bytes.len() <= AT_ONCE * GROUP));
-            if let Some((offset, _)) = straight.front() {
-                assert_eq!((*offset, straight.len()), (GROUP, 3));
+        for (lengths, (lent, begin, from_there)) in [&large, &small].into_iter().flat_map(|lengths| {
+            [(false, 128, 10), (false, 64, 0), (true, 128, 0)].map(|case| (lengths, case))
+        }) {
+            let storages: Vec<Vec<u8>> = lengths.iter().map(|&length| vec![7; length]).collect();
+            let lending = lending(&storages, begin, lent);
+            let shares = (0..storages.len()).map(|index| Bytes::Lent(lending.share(index)));
+            let file = Directory::new(Arc::new(MemoryStorage::new()));
+            let file = file.create_new("f").unwrap();
+            let job = Job::new(&file, &header, shares.map(|share| (share, GROUP)), GROUP);
+            let mut straight: VecDeque<usize> = (0..job.pieces())
+                .filter(|&piece| job.places[piece].is_some())
+                .collect();
+            assert_eq!(
+                straight.len(),
+                if begin == 128 { 10 } else { 0 },
+                "lent {lent}, from {begin}"
+            );
+            let writes: Vec<(usize, &[u8])> = std::iter::from_fn(|| job.take_last(&mut straight)).collect();
+            let total: usize = writes.iter().map(|(_, bytes)| bytes.len()).sum();
+            assert_eq!(total, from_there * GROUP, "lent {lent}, from {begin}");
+            assert!(writes.iter().all(|(_, bytes)| bytes.len() <= AT_ONCE * GROUP));
+            if let Some((piece, _)) = writes.last() {
+                assert_eq!((*piece, writes.len()), (1, 3));
             }
+            assert!(lending.is_sound());
         }
+    }
+
+    #[test]
+    fn pieces_that_are_copied_among_others_that_never_are_all_reach_the_file() {
+        let storages: Vec<Vec<u8>> = (1..6).map(|number| vec![number; 4 * GROUP]).collect();
+        let header = vec![9; 128];
+        let lending = lending(&storages, header.len(), true);
+        for copied in [0, 2, 3] {
+            lending.share(copied).all();
+        }
+        let shares = (0..storages.len()).map(|index| Bytes::Lent(lending.share(index)));
+        let (file, _) = written(&header, shares, &mut Buffers::new(GROUP, 2));
+        assert!(file == [header, storages.concat()].concat());
+        assert!(lending.is_sound());
     }
 
     #[test]
@@ -521,7 +614,12 @@ mod tests {
             faulty.fail_at(nth, Fault::Device);
             let storage = vec![5; 9 * GROUP + 1]; // With the header, ten pieces.
             let mut buffers = Buffers::new(GROUP, 3);
-            let outcome = write(&file, &[1; 64], std::iter::once(&*storage), None, &mut buffers);
+            let outcome = write(
+                &file,
+                &[1; 64],
+                std::iter::once((Bytes::Here(&storage), GROUP)),
+                &mut buffers,
+            );
             assert_eq!(outcome.is_err(), nth < 10, "write {nth}");
         }
     }

@@ -25,12 +25,13 @@ use crate::digest::{self, Assembly, Digest, Fingerprint, GROUP, Scattered, WINDO
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::PackLayout;
+use crate::lending::Bytes;
 use crate::state::Value;
 use crate::storage::{File, already_exists};
 
-/// What a checkpoint is made of.
+/// What a checkpoint is made of. `B` is what has the bytes of a storage.
 #[derive(Clone, Debug)]
-pub struct Commit<'a> {
+pub struct Commit<B> {
     /// Optimizer updates so far.
     pub step: u64,
     /// 0: after a step inside an epoch. 1: an epoch's after-work is done. 2: the run is finished.
@@ -38,7 +39,7 @@ pub struct Commit<'a> {
     /// The state.
     pub tree: Value,
     /// The storages that its tensors view, by index.
-    pub storages: Vec<&'a [u8]>,
+    pub storages: Vec<B>,
     /// What may not change.
     pub identity: Vec<(String, Value)>,
     /// What the bits may depend on.
@@ -55,13 +56,29 @@ const SAMPLE: u64 = 1;
 /// What a storage's bytes are by that sample.
 type Sample = [Fingerprint; WINDOWS];
 
+impl<B> Commit<B> {
+    /// The same of other bytes.
+    pub(crate) fn with_storages<C>(self, bytes: impl FnMut(B) -> C) -> Commit<C> {
+        Commit {
+            step: self.step,
+            phase: self.phase,
+            tree: self.tree,
+            storages: self.storages.into_iter().map(bytes).collect(),
+            identity: self.identity,
+            environment: self.environment,
+            metrics: self.metrics,
+            pinned: self.pinned,
+        }
+    }
+}
+
 /// What more than their bytes is known of a commit's storages.
-#[derive(Debug, Default)]
-pub(crate) struct Still<'a> {
-    /// What lies in there nobody changes meanwhile: it may be written from where it is.
-    pub memory: Option<&'a [u8]>,
+#[derive(Default)]
+pub(crate) struct Beside<'a> {
     /// Storages that were digested already.
     pub known: Vec<(usize, Digested)>,
+    /// Whether what was read is what was to be saved. Asked when all of it was read, before a manifest names it.
+    pub is_sound: Option<&'a dyn Fn() -> bool>,
 }
 
 /// What digesting a storage has told.
@@ -98,6 +115,8 @@ struct Addition {
     content: Content,
     /// The digests of what is written, part by part, where it was digested first.
     digests: Option<Vec<Digest>>,
+    /// Bytes that are digested at a time while they are written.
+    grain: usize,
 }
 
 /// What is written of a storage.
@@ -112,12 +131,12 @@ enum Content {
 
 impl Addition {
     /// What is written, part by part.
-    fn parts<'a>(&'a self, storages: &[&'a [u8]]) -> Vec<&'a [u8]> {
+    fn parts<'a>(&'a self, storages: &[Bytes<'a>]) -> Vec<Bytes<'a>> {
         let bytes = storages[self.storage];
         match &self.content {
             Content::Whole => vec![bytes],
-            Content::Changed(_, parts) => parts.iter().map(|part| &bytes[part.clone()]).collect(),
-            Content::Coded(coded) => coded.frames.iter().map(Vec::as_slice).collect(),
+            Content::Changed(_, parts) => parts.iter().map(|part| bytes.part(part.clone())).collect(),
+            Content::Coded(coded) => coded.frames.iter().map(|frame| Bytes::Here(frame)).collect(),
         }
     }
 
@@ -156,6 +175,22 @@ struct Plan {
     made: Made,
 }
 
+/// What bytes there are, here and on disk, as far as samples tell.
+#[derive(Default)]
+struct Others {
+    /// How many there are by length and sample.
+    sampled: HashMap<(u64, Sample), usize>,
+    /// The lengths of those on disk that were never sampled.
+    unknown: HashSet<u64>,
+}
+
+impl Others {
+    /// Whether all others are other bytes than these, which are among them once.
+    fn are_unlike(&self, length: u64, sample: Sample) -> bool {
+        self.sampled[&(length, sample)] == 1 && !self.unknown.contains(&length)
+    }
+}
+
 /// The packs that a manifest will name.
 #[derive(Default)]
 struct Packs {
@@ -182,7 +217,7 @@ impl Plan {
     }
 
     /// What the manifest says of the storages, but for digests that are not known before what is new is written.
-    fn entries(&self, storages: &[&[u8]]) -> Vec<StorageEntry> {
+    fn entries(&self, storages: &[Bytes]) -> Vec<StorageEntry> {
         let describe = |(index, origin): (usize, &Origin)| {
             let digest = self.found[index].as_ref().map(|found| found.digest);
             let (digest, place) = match origin {
@@ -205,11 +240,12 @@ impl Plan {
         self.origins.iter().enumerate().map(describe).collect()
     }
 
-    /// Fills in the digests of what went into the new packs: each whole storage's, in the order of the additions.
-    fn tell_digests(&self, written: &[Vec<Digest>], entries: &mut [StorageEntry]) {
-        for ((origin, found), entry) in self.origins.iter().zip(&self.found).zip(entries) {
-            if let (Origin::New(pack, position), None) = (origin, found) {
-                entry.digest = written[*pack][*position];
+    /// Fills in what was found of the storages that went into the new packs, in the order of their additions.
+    fn tell_digests(&mut self, mut written: Vec<Vec<Option<Digested>>>, entries: &mut [StorageEntry]) {
+        for ((origin, found), entry) in self.origins.iter().zip(&mut self.found).zip(entries) {
+            if let (Origin::New(pack, position), None) = (origin, &found) {
+                *found = written[*pack][*position].take();
+                entry.digest = found.as_ref().expect("each is told once").digest;
             }
         }
     }
@@ -228,15 +264,15 @@ impl Store {
     /// commit or open.
     pub(crate) fn commit(
         &mut self,
-        commit: Commit,
+        commit: Commit<Bytes>,
         life: u32,
         created: String,
         journal_head: Digest,
-        still: Still,
+        beside: Beside,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let form = self.form.take().filter(|form| form.is_of(&commit.tree));
-        let mut plan = self.plan(&commit, still.known, form.as_deref())?;
+        let mut plan = self.plan(&commit, beside.known, form.as_deref())?;
         let mut manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
@@ -266,9 +302,9 @@ impl Store {
         let mut made = Vec::new();
         let published = self.publish_all(
             (&mut manifest, draft),
-            &plan,
+            &mut plan,
             &commit.storages,
-            still.memory,
+            beside.is_sound,
             &mut made,
         );
         let name = match published {
@@ -299,9 +335,9 @@ impl Store {
     fn publish_all(
         &mut self,
         (manifest, draft): (&mut Manifest, Draft),
-        plan: &Plan,
-        storages: &[&[u8]],
-        still: Option<&[u8]>,
+        plan: &mut Plan,
+        storages: &[Bytes],
+        is_sound: Option<&dyn Fn() -> bool>,
         made: &mut Vec<String>,
     ) -> Result<String> {
         let mut written = Vec::with_capacity(plan.new.len());
@@ -313,10 +349,13 @@ impl Store {
                 .take_if(|_| largest == Some(new.layout().length) && largest >= Some(self.tuning.reuse_from));
             let (temporary, file) = self.open_temporary(spare, made)?;
             file.reserve(new.layout().length)?;
-            written.push(self.write_pack(&file, new, storages, still, &manifest.tree)?);
+            written.push(self.write_pack(&file, new, storages, &manifest.tree)?);
             self.publish(&file, &temporary, &name, OBJECTS, made)?;
         }
-        plan.tell_digests(&written, &mut manifest.storages);
+        if is_sound.is_some_and(|is_sound| !is_sound()) {
+            return Err(Error::invalid("what is saved changed while it was being saved"));
+        }
+        plan.tell_digests(written, &mut manifest.storages);
         let (bytes, digest) = draft.finish(&manifest.storages);
         let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
         let (temporary, mut file) = self.open_temporary(None, made)?;
@@ -331,27 +370,36 @@ impl Store {
         Ok(name)
     }
 
-    /// Writes a pack, and returns the digest of each addition's first part: all of it, where it is written whole.
+    /// Writes a pack, and returns what was found of each addition that is written whole.
     fn write_pack(
         &mut self,
         file: &File,
         new: &NewPack,
-        storages: &[&[u8]],
-        still: Option<&[u8]>,
+        storages: &[Bytes],
         tree: &Value,
-    ) -> Result<Vec<Digest>> {
+    ) -> Result<Vec<Option<Digested>>> {
         let in_order = || new.layout().order.iter().map(|&at| (at, &new.additions[at]));
-        let parts: Vec<Vec<&[u8]>> = in_order().map(|(_, addition)| addition.parts(storages)).collect();
-        let regions = parts.iter().flatten().copied();
-        let digests = pack_writer::write(file, &new.layout().header, regions, still, &mut self.buffers)?;
-        let mut digests = digests.as_slice();
-        let mut written = vec![Digest([0; 32]); new.additions.len()];
+        let parts: Vec<Vec<Bytes>> = in_order().map(|(_, addition)| addition.parts(storages)).collect();
+        let grains = in_order().map(|(_, addition)| addition.grain);
+        let regions = parts
+            .iter()
+            .zip(grains)
+            .flat_map(|(parts, grain)| parts.iter().map(move |&part| (part, grain)));
+        let found = pack_writer::write(file, &new.layout().header, regions, &mut self.buffers)?;
+        let mut found = found.into_iter();
+        let mut written: Vec<Option<Digested>> = new.additions.iter().map(|_| None).collect();
         for ((at, addition), parts) in in_order().zip(&parts) {
-            let (found, rest) = digests.split_at(parts.len());
-            digests = rest;
-            written[at] = *found.first().expect("what is added has parts");
-            if addition.digests.as_ref().is_some_and(|known| known != found) {
+            let of_parts: Vec<Assembly> = found.by_ref().take(parts.len()).collect();
+            let digests = || of_parts.iter().map(Assembly::finish);
+            if addition
+                .digests
+                .as_ref()
+                .is_some_and(|known| !digests().eq(known.iter().copied()))
+            {
                 return Err(changed(tree, addition.storage));
+            }
+            if let (None, Ok([all])) = (&addition.digests, <[Assembly; 1]>::try_from(of_parts)) {
+                written[at] = Some(self.digested(all));
             }
         }
         Ok(written)
@@ -391,9 +439,16 @@ impl Store {
     }
 
     /// Decides which storages are on disk already and lays out the rest.
-    fn plan(&mut self, commit: &Commit, known: Vec<(usize, Digested)>, form: Option<&Form>) -> Result<Plan> {
+    fn plan(
+        &mut self,
+        commit: &Commit<Bytes>,
+        known: Vec<(usize, Digested)>,
+        form: Option<&Form>,
+    ) -> Result<Plan> {
         let storages = &commit.storages;
-        let samples = digest::of_each(storages, |bytes| Fingerprint::of_windows(bytes, SAMPLE));
+        let samples = digest::of_each(storages, |bytes| {
+            bytes.look(|bytes| Fingerprint::of_windows(bytes, SAMPLE))
+        });
         let sparse: Vec<bool> = (0..storages.len())
             .map(|index| self.is_sparse(index, storages, &samples))
             .collect();
@@ -421,7 +476,7 @@ impl Store {
             let (content, digests) = match renewals.remove(&index) {
                 Some(renewal) => {
                     let parts = renewal.written();
-                    let digests = digests_of(&parts, storages[index]);
+                    let digests = digests_of(&parts, storages[index].all());
                     (Content::Changed(renewal, parts), Some(digests))
                 }
                 None => (
@@ -433,11 +488,18 @@ impl Store {
             if !lasts {
                 candidates.push(index);
             }
+            // By chunks where the next commit may be compared with this one.
+            let length = storages[index].len();
+            let is_first = self
+                .habit(index, storages)
+                .is_none_or(|habit| habit.windows.is_none());
+            let by_chunks = is_first && matches!(content, Content::Whole);
             let group = if lasts { &mut lasting } else { &mut dense };
             group.push(Addition {
                 storage: index,
                 content,
                 digests,
+                grain: if by_chunks { self.grain(length) } else { GROUP },
             });
         }
         let mut made = self.compress(commit, &candidates, &fates)?;
@@ -453,14 +515,14 @@ impl Store {
     }
 
     /// Codes those storages that are worth it, where that was asked for.
-    fn compress(&mut self, commit: &Commit, among: &[usize], fates: &[Fate]) -> Result<Made> {
+    fn compress(&mut self, commit: &Commit<Bytes>, among: &[usize], fates: &[Fate]) -> Result<Made> {
         if self.tuning.compression == Compression::None {
             return Ok(Made::default());
         }
         let widths = widths(&commit.tree, commit.storages.len());
         let candidate = |&storage: &usize| Candidate {
             storage,
-            bytes: commit.storages[storage],
+            bytes: commit.storages[storage].all(),
             width: widths[storage],
         };
         let of = |fate: &Fate| match fate {
@@ -513,7 +575,7 @@ impl Store {
     /// Decides storage by storage, as if each were alone.
     fn decide(
         &mut self,
-        storages: &[&[u8]],
+        storages: &[Bytes],
         found: &[Option<Digested>],
     ) -> Result<(Vec<Fate>, Vec<Renewal>)> {
         let mut first: HashMap<(Digest, u64), usize, Scattered> = HashMap::default();
@@ -532,7 +594,7 @@ impl Store {
             } else {
                 first.insert(key, index);
                 fates.push(Fate::New);
-                renewals.extend(self.renewal(index, bytes, found, &mut usable)?);
+                renewals.extend(self.renewal(index, bytes.len(), found, &mut usable)?);
             }
         }
         Ok((fates, renewals))
@@ -542,7 +604,7 @@ impl Store {
     fn renewal(
         &mut self,
         index: usize,
-        bytes: &[u8],
+        bytes: usize,
         found: &Digested,
         usable: &mut HashMap<String, bool>,
     ) -> Result<Option<Renewal>> {
@@ -555,23 +617,23 @@ impl Store {
         else {
             return Ok(None);
         };
-        let Some(values) = found.chunks.as_ref().filter(|_| length == bytes.len() as u64) else {
+        let Some(values) = found.chunks.as_ref().filter(|_| length == bytes as u64) else {
             return Ok(None);
         };
         let Some(known) = self.reusable(&(digest, length), usable)? else {
             return Ok(None);
         };
-        Ok(Renewal::new(index, bytes.len(), (known, &before), values))
+        Ok(Renewal::new(index, bytes, (known, &before), values))
     }
 
     /// What the last commit had in a storage's place, where it was as long.
-    fn habit(&self, index: usize, storages: &[&[u8]]) -> Option<&Habit> {
+    fn habit(&self, index: usize, storages: &[Bytes]) -> Option<&Habit> {
         let habit = self.habits.get(index)?;
         (self.habits.len() == storages.len() && habit.length == storages[index].len() as u64).then_some(habit)
     }
 
     /// How many of a storage's samples are others than at the last commit.
-    fn changed_windows(&self, index: usize, storages: &[&[u8]], samples: &[Sample]) -> Option<usize> {
+    fn changed_windows(&self, index: usize, storages: &[Bytes], samples: &[Sample]) -> Option<usize> {
         let before = self.habit(index, storages)?.windows?;
         Some(
             before
@@ -582,28 +644,28 @@ impl Store {
         )
     }
 
-    fn is_large(&self, bytes: &[u8]) -> bool {
-        bytes.len() >= self.tuning.chunks_from
+    fn is_large(&self, length: usize) -> bool {
+        length >= self.tuning.chunks_from
     }
 
     /// Whether a large storage seems to change in few places, if it changes.
-    fn is_sparse(&self, index: usize, storages: &[&[u8]], samples: &[Sample]) -> bool {
+    fn is_sparse(&self, index: usize, storages: &[Bytes], samples: &[Sample]) -> bool {
         let known = || {
             self.habit(index, storages)
                 .is_some_and(|habit| habit.chunks.is_some())
         };
-        self.is_large(storages[index])
+        self.is_large(storages[index].len())
             && self
                 .changed_windows(index, storages, samples)
                 .map_or_else(known, |changed| changed <= WINDOWS / 2)
     }
 
     /// Digests the storages that may be on disk already, or equal to each other, or have changed in few places. The
-    /// others are taken for new: they changed from the last commit but one to the last and again since, or nothing of
-    /// their length is anywhere.
+    /// others are taken for new: they were new at the last commit and have changed again since, or no other bytes of their
+    /// length, here or on disk, are alike by sample.
     fn digest_doubtful(
         &self,
-        storages: &[&[u8]],
+        storages: &[Bytes],
         samples: &[Sample],
         known: Vec<(usize, Digested)>,
     ) -> Vec<Option<Digested>> {
@@ -611,57 +673,78 @@ impl Store {
         for (index, digested) in known {
             found[index] = Some(digested);
         }
-        // How often each length occurs, here and on disk. Where all storages do as before, nobody asks.
-        let lengths = LazyCell::new(|| {
-            let mut counts: HashMap<u64, usize> = HashMap::new();
-            let here = storages.iter().map(|storage| storage.len() as u64);
-            for length in here.chain(self.places.keys().map(|(_, length)| *length)) {
-                *counts.entry(length).or_default() += 1;
-            }
-            counts
-        });
+        // Where all storages do as before, nobody asks.
+        let others = LazyCell::new(|| self.others(storages, samples));
         let is_new = |index: usize| {
-            let length = storages[index].len() as u64;
             let changes = self.habit(index, storages).is_some_and(|habit| habit.changes);
             let differs = || {
                 self.changed_windows(index, storages, samples)
                     .is_some_and(|changed| changed > 0)
             };
-            let as_before = changes && !self.is_sparse(index, storages, samples) && differs();
-            as_before || lengths[&length] == 1
+            let is_unlike_all = || others.are_unlike(storages[index].len() as u64, samples[index]);
+            !self.is_sparse(index, storages, samples) && (changes && differs() || is_unlike_all())
         };
         let doubtful: Vec<usize> = (0..storages.len())
             .filter(|&index| found[index].is_none() && !is_new(index))
             .collect();
-        let bytes: Vec<&[u8]> = doubtful.iter().map(|&index| storages[index]).collect();
+        let bytes: Vec<&[u8]> = doubtful.iter().map(|&index| storages[index].all()).collect();
         for (index, digested) in doubtful.into_iter().zip(self.digest(&bytes)) {
             found[index] = Some(digested);
         }
         found
     }
 
+    /// All storages, here and on disk.
+    fn others(&self, storages: &[Bytes], samples: &[Sample]) -> Others {
+        let mut others = Others::default();
+        for (storage, sample) in storages.iter().zip(samples) {
+            *others.sampled.entry((storage.len() as u64, *sample)).or_default() += 1;
+        }
+        let mut known = HashSet::new();
+        for habit in &self.habits {
+            if let Some(windows) = habit.windows {
+                known.insert((habit.digest, habit.length));
+                *others.sampled.entry((habit.length, windows)).or_default() += 1;
+            }
+        }
+        let unknown = self.places.keys().filter(|key| !known.contains(*key));
+        others.unknown.extend(unknown.map(|(_, length)| *length));
+        others
+    }
+
     /// Digests storages, large ones by chunks.
     pub(crate) fn digest(&self, storages: &[&[u8]]) -> Vec<Digested> {
-        let grain = |bytes: &[u8]| {
-            if self.is_large(bytes) {
-                chunk_size(bytes.len())
-            } else {
-                GROUP
-            }
-        };
-        let regions: Vec<(&[u8], usize)> = storages.iter().map(|&bytes| (bytes, grain(bytes))).collect();
-        let digested = |(bytes, assembly): (&&[u8], Assembly)| Digested {
+        let regions: Vec<(&[u8], usize)> = storages
+            .iter()
+            .map(|&bytes| (bytes, self.grain(bytes.len())))
+            .collect();
+        let digests = digest_all(&regions).into_iter();
+        digests.map(|assembly| self.digested(assembly)).collect()
+    }
+
+    /// Bytes of what is digested at a time of a storage: a chunk of a large one.
+    fn grain(&self, length: usize) -> usize {
+        if self.is_large(length) {
+            chunk_size(length)
+        } else {
+            GROUP
+        }
+    }
+
+    fn digested(&self, assembly: Assembly) -> Digested {
+        let length = assembly.len();
+        let by_chunks = self.is_large(length) && assembly.grain() == chunk_size(length);
+        Digested {
             digest: assembly.finish(),
-            chunks: self.is_large(bytes).then(|| assembly.into_values().into()),
-        };
-        storages.iter().zip(digest_all(&regions)).map(digested).collect()
+            chunks: by_chunks.then(|| assembly.into_values().into()),
+        }
     }
 
     /// Takes note of which storages change from one commit to the next, and how, and are equal to no other.
     fn remember(
         &mut self,
         storages: &[StorageEntry],
-        bytes: &[&[u8]],
+        bytes: &[Bytes],
         samples: &[Sample],
         found: Vec<Option<Digested>>,
     ) {
@@ -678,7 +761,7 @@ impl Store {
             Habit {
                 digest: storage.digest,
                 length: storage.length,
-                changes: counts[&storage.digest] == 1 && !there && old.is_some(),
+                changes: counts[&storage.digest] == 1 && !there,
                 windows: Some(samples[index]),
                 chunks: found.and_then(|found| found.chunks).filter(|_| kept),
             }
@@ -813,6 +896,7 @@ fn take_coded(
             storage,
             digests: Some(coded.digests.clone()),
             content: Content::Coded(coded),
+            grain: GROUP,
         })
     };
     coded.into_iter().map(addition).collect()
@@ -826,7 +910,7 @@ fn changed(tree: &Value, storage: usize) -> Error {
 
 /// Lays the new packs out, and says where everything is then.
 fn lay_out(
-    (commit, form): (&Commit, Option<&Form>),
+    (commit, form): (&Commit<Bytes>, Option<&Form>),
     samples: Vec<Sample>,
     found: Vec<Option<Digested>>,
     fates: &[Fate],

@@ -228,7 +228,7 @@ pub fn commit_with(
 }
 
 /// A commit of a tree and nothing beside it.
-pub fn of_tree(step: u64, tree: Value, storages: Vec<&[u8]>) -> Commit<'_> {
+pub fn of_tree(step: u64, tree: Value, storages: Vec<&[u8]>) -> Commit<&[u8]> {
     Commit {
         step,
         phase: 0,
