@@ -76,6 +76,48 @@ def test_every_checkpoint_saved_in_the_background_holds_one_step_in_all_tensors(
     assert journal.count(b"saved") >= 8
 
 
+def test_what_is_written_before_the_optimizer_steps_is_right_like_what_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+    at_least_s = fence.UntilStep.at_least_s
+    monkeypatch.setattr(
+        fence.UntilStep, "at_least_s", lambda known: told.append(at_least_s(known)) or told[-1]
+    )
+    life = Counting(tmp_path / "run", checkpoint=4, keep=100)
+    pause_s = 0.2  # Long enough to be written in, on a machine that is not too busy; now and then it is far shorter.
+    for _ in life.run.epochs(1):
+        for _ in life.run.batches(life.loader):
+            if life.run.step % 12 != 8:
+                time.sleep(pause_s)
+            life.step()
+            if life.run.step == 24:
+                break
+    life.run.close()
+    for info in life.run.checkpoints():
+        assert values_in(info.path) == (info.step, {float(info.step)})
+    assert told[0] is None
+    assert any(seconds is not None and seconds > 0.5 * pause_s for seconds in told)
+
+
+def test_how_long_it_is_until_a_step_is_the_shortest_of_the_last_ones_and_somewhat_less() -> None:
+    known = fence.UntilStep()
+    for begun, seconds in [(0, 9.0), (10, 3.0), (20, 2.0), (30, 4.0)]:
+        assert known.at_least_s() is None
+        known.begin(begun)
+        known.reached(begun + seconds)
+        known.reached(begun + 100)  # Another optimizer's step.
+    assert known.at_least_s() == pytest.approx(0.8 * 2)
+    for begun in (40, 50):
+        known.begin(begun)
+        known.reached(begun + 8)
+    assert known.at_least_s() == pytest.approx(0.8 * 2)
+    known.begin(60)
+    known.begin(61)  # A boundary without a step of any optimizer.
+    known.reached(67)
+    assert known.at_least_s() == pytest.approx(0.8 * 4)
+
+
 def digest_of(tensors: list[torch.Tensor]) -> list[int]:
     return [zlib.crc32(tensor.detach().numpy().tobytes()) for tensor in tensors]
 

@@ -537,6 +537,7 @@ class Run:
         pinned: bool = False,
         keep: tuple[int | None, int | None, tuple[str, Literal["min", "max"], int] | None] | None = None,
         full: bool = False,
+        lent_for_s: float | None = None,
         confirm: Callable[[], bool] | None = None,
     ) -> None:
         """Start a checkpoint in the background and return: `commit` and `prune` on a thread of their own.
@@ -545,8 +546,9 @@ class Run:
             storages: (address, length in bytes, lent). What is lent stays alive and unchanged until `fence` has returned;
                 what is unmoved, alive until there is an outcome; the rest is copied before this returns.
             keep: (last, every, best) as for `prune`; None deletes nothing.
-            full: Compare every lent byte with its copy, instead of windows of each region.
-            confirm: Asked on that thread, when all is copied, whether nothing is known to have changed.
+            full: Compare every lent byte with what it was, instead of windows of each region.
+            lent_for_s: How long it will probably be until the fence, at the least: what is written by then is not copied.
+            confirm: Asked on that thread, when all was read or copied, whether nothing is known to have changed.
 
         Waits for a save that is under way. Durability: none on return; `outcome` tells.
         """
@@ -559,7 +561,7 @@ class Run:
     ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn", "stirred"], int] | None:
         """Tell once what became of the last save; None while it is under way (without `wait`), or if there is none.
 
-        `torn` (with the step): lent memory changed before it was copied; `stirred`: unmoved memory is not what it was at
+        `torn` (with the step): lent memory changed before it was read or copied; `stirred`: unmoved memory is not what it was at
         the last save. Nothing was written.
 
         Raises:

@@ -22,7 +22,7 @@ from .full import FullDisk
 from .notices import Say, size
 from .policy import Cost, Keep, Policy
 from .torch import digests, tensors
-from .torch.fence import LEND_FROM_BYTES, Fence, Owned
+from .torch.fence import LEND_FROM_BYTES, Fence, Owned, UntilStep
 from .torch.snapshot import Snapshot
 
 Mode = Literal["background", "copy", "sync"]
@@ -79,10 +79,11 @@ class Saves:
         self._disk, self._say = disk, say
         self._fence = Fence(self._optimizer_steps)
         self._lent: tuple[Snapshot, Owned] | None = None
+        self._until_step = UntilStep()
         self._under_way: _UnderWay | None = None
         # Frozen parameters as they were at the last save: what nobody has written to since is not copied again.
         self._frozen: _core.Versions | None = None
-        self._rests = mode == "background"
+        self._rests = self._learns = mode == "background"
         # The largest state that there was memory for: it is kept.
         self._provided_bytes = 0
         self.pin_next = False
@@ -115,6 +116,8 @@ class Saves:
         if self.pin_next or self._again:
             return True
         now = time.monotonic()
+        if self._learns:
+            self._learn(now)
         quiet_step, quiet_time = self._quiet_until
         if phase == 0 and step < quiet_step and now < quiet_time:
             return False
@@ -126,6 +129,15 @@ class Saves:
             saving=self._under_way is not None,
             cost=self._cost,
         )
+
+    def _learn(self, now: float) -> None:
+        """Measure the first few steps: how long it is until an optimizer steps."""
+        self._learns = self._until_step.at_least_s() is None
+        if self._learns:
+            self._until_step.begin(now)
+            self._fence.install()
+        elif self._under_way is None:
+            self._fence.uninstall()
 
     def save(
         self,
@@ -269,6 +281,7 @@ class Saves:
                 storages=captured.lendable(owned, unmoved),
                 keep=(keep.last, keep.every, keep.best) if keep.last is not None else None,
                 full=self._level == "full",
+                lent_for_s=self._until_step.at_least_s(),
                 confirm=owned.unchanged,
             )
         except StorageError as error:
@@ -280,6 +293,7 @@ class Saves:
             return
         self._lent = (captured, owned)
         # Only now: at each step, a hook costs the training some microseconds.
+        self._until_step.begin(time.monotonic())
         self._fence.install()
         held = captured if unmoved else None
         self._under_way = _UnderWay(checkpoint["step"], self.pin_next, frozen, unmoved, held)
@@ -288,9 +302,10 @@ class Saves:
 
     def _optimizer_steps(self) -> None:
         """An optimizer is about to step: what it writes to must have been copied."""
+        begun = time.monotonic()
+        self._until_step.reached(begun)
         if self._lent is None:
             return
-        begun = time.monotonic()
         self._end_lending()
         if self._cost is not None:
             now = time.monotonic()

@@ -1,10 +1,11 @@
-"""What only an optimizer's step changes, and the moment right before it: where background copies must be done.
+"""What only an optimizer's step changes, and the moment right before it: where background reads must be done.
 
 Touches: torch's global hooks, from `install` until `uninstall`; reads optimizers.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 import torch
@@ -35,7 +36,7 @@ class Owned:
         lends = storages.have_live(LEND_FROM_BYTES)
         candidates = [part for item in objects for part in _tensors_of(item)] if lends else []
         self.versions = storages.versions(candidates, LEND_FROM_BYTES)
-        self._unchanged: bool | None = None
+        self._settled: dict[str, bool] = {}
 
     @property
     def keys(self) -> Collection[StorageKey]:
@@ -43,13 +44,14 @@ class Owned:
         return self.versions.storages
 
     def unchanged(self) -> bool:
-        """Tell whether no tensor's version counter had moved when this was asked first: when everything was copied.
+        """Tell whether no tensor's version counter had moved when this was asked first: when everything was read.
 
-        Both sides ask, the thread that copies and the one that is about to step; whoever comes first settles it.
+        Both sides ask, the thread that saves and the one that is about to step; whoever has an answer first settles it,
+        also for the other one that had begun to ask before and sees what the step wrote.
         """
-        if self._unchanged is None:
-            self._unchanged = self.versions.unchanged()
-        return self._unchanged
+        if not self._settled:
+            self._settled.setdefault("unchanged", self.versions.unchanged())
+        return self._settled["unchanged"]
 
 
 def _tensors_of(item: object) -> list[torch.Tensor]:
@@ -60,6 +62,31 @@ def _tensors_of(item: object) -> list[torch.Tensor]:
         if isinstance(state, dict):
             found += state.values()
     return [part for part in found if isinstance(part, torch.Tensor)]
+
+
+class UntilStep:
+    """How long it is from a boundary to the next optimizer's step, which is how long memory is lent."""
+
+    _KNOWN = 4  # So many times must be known, and the last ones count.
+    _RELIED_ON = 0.8  # Of the shortest of them: who is late is waited for.
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=self._KNOWN)
+        self._begun: float | None = None
+
+    def begin(self, now: float) -> None:
+        """Note a boundary, in seconds of a monotonic clock."""
+        self._begun = now
+
+    def reached(self, now: float) -> None:
+        """Note that an optimizer is about to step; only the first one behind a boundary counts."""
+        if self._begun is not None:
+            self._seconds.append(now - self._begun)
+            self._begun = None
+
+    def at_least_s(self) -> float | None:
+        """Return for how many seconds memory is surely lent; None where too little is known."""
+        return self._RELIED_ON * min(self._seconds) if len(self._seconds) == self._KNOWN else None
 
 
 class Fence:
