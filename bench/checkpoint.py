@@ -1,19 +1,20 @@
 """What saving a state costs, beside other ways to do it: stall, time to durable, memory, steps.
 
-    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--tensors N ...] [--frozen MB ...] [--rounds N]
-                                                 [--pairs N] [--only NAME ...] [--intervals N ...] [--directory DIR]
+    OMP_NUM_THREADS=1 python bench/checkpoint.py [--sizes MB ...] [--tensors N ...] [--frozen MB ...] [--rest S]
+                                                 [--rounds N] [--pairs N] [--only NAME ...] [--intervals N ...]
+                                                 [--directory DIR]
 
 The state is a model's parameters and an optimizer's momentum, half the bytes each, in few large tensors or in thousands
 of small ones. Each contender takes turns with the bound, which is the least that this memory and this disk allow: a
 copy into recycled memory on huge pages, then direct writes over a recycled file, four at a time. So each round has a
 ratio of its own, and a machine or a disk that slows down slows both; shown are medians of the rounds and, in brackets,
 their quarters. What a contender has under way by itself goes on while the training thread rests for as long as a short
-forward and backward would take.
+forward and backward would take: `--rest` seconds for each GB of state.
 
     stall      how long the training thread stands still, to the bound's copy
     durable    until a power cut would leave it there: to the bound's direct write alone
     after      what follows on the disk, for contenders that delete older checkpoints themselves
-    extra      the most memory taken beside the state in the first two saves
+    extra      the most memory taken beside the state in the first saves
     written    megabytes that the process had the system write for a save
 
 A frozen base is such a state that no optimizer has, in 16 tensors, with an adapter beside it: two tensors of 5 MB in
@@ -54,14 +55,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from unbroken import _core
 from unbroken.torch import snapshot
-from unbroken.torch.fence import Owned
+from unbroken.torch.fence import Owned, UntilStep
 
 PIECE = 8 << 20
 ADAPTER_MEGABYTES = 10
 WARM_UPS = 3
 """Rounds that make files and memory, which the others use again."""
 
-REST_S_PER_GB = 0.15
+FIRST_SAVES = 3
+"""Saves in which memory is watched. Before the first one, a run has seen how long its steps take."""
+
 STRETCH_STEPS = {1: 4, 5: 10}
 """Steps of a stretch at an interval between saves; otherwise the interval itself: one save."""
 
@@ -208,15 +211,22 @@ class Ours:
         place: Where the run goes.
         mode: That of `Run(save=...)`.
         deletes: Whether a save deletes older checkpoints, as in a run; otherwise that is a step of its own.
+        rest_s: How long the steps before the first save took until the optimizer's, where there were any.
         compress: That of `Run(compress=...)`.
     """
 
-    def __init__(self, place: Path, mode: str, *, deletes: bool, compress: Any = None) -> None:
+    def __init__(
+        self, place: Path, mode: str, *, deletes: bool, rest_s: float | None = None, compress: Any = None
+    ) -> None:
         self.mode, self.deletes = mode, deletes
         self.run = _core.Run.open(place / mode, seed=1, settings={}, compress=compress)
         self.run.begin()
         self.step = 0
         self.lent: tuple[Any, Owned] | None = None
+        self.until_step = UntilStep()
+        while rest_s is not None and self.until_step.at_least_s() is None:
+            self.until_step.begin(0)
+            self.until_step.reached(rest_s)
         self.captured: Any = None
         self.frozen: _core.Versions | None = None
 
@@ -227,6 +237,7 @@ class Ours:
 
     def fence(self) -> None:
         if self.lent is not None:
+            self.until_step.reached(time.monotonic())
             self.run.fence()
             self.lent[1].unchanged()
             self.lent = None
@@ -265,8 +276,10 @@ class Ours:
             if self.mode == "background" and before is not None:
                 unmoved = self.frozen.unmoved_since(before)
             regions = captured.lendable(owned, unmoved)
-            self.run.save(**what, storages=regions, keep=keep, confirm=owned.unchanged)
+            lent_for_s = self.until_step.at_least_s()
+            self.run.save(**what, storages=regions, keep=keep, lent_for_s=lent_for_s, confirm=owned.unchanged)
             self.lent = (captured, owned)
+            self.until_step.begin(time.monotonic())
         self.step += 1
 
 
@@ -280,8 +293,10 @@ OTHERS: dict[str, Callable[[Path], Contender]] = {
 }
 
 
-def make(name: str, place: Path, *, deletes: bool) -> Contender:
-    return Ours(place, name, deletes=deletes).contender() if name in OURS else OTHERS[name](place)
+def make(name: str, place: Path, *, deletes: bool, rest_s: float | None = None) -> Contender:
+    if name in OURS:
+        return Ours(place, name, deletes=deletes, rest_s=rest_s).contender()
+    return OTHERS[name](place)
 
 
 class Bound:
@@ -345,7 +360,11 @@ def timed(contender: Contender, figure: str) -> Iterator[None]:
 
 
 def measure_states(
-    states: Iterator[tuple[str, State]], names: list[str], rounds: int, directory: Path
+    states: Iterator[tuple[str, State]],
+    names: list[str],
+    rounds: int,
+    directory: Path,
+    rest_s_per_gb: float,
 ) -> None:
     for words, state in states:
         print(f"\n{words}")
@@ -353,13 +372,13 @@ def measure_states(
             f"{'':21}{'seconds: stall':>14}{'durable':>8}{'after':>7}{'extra MB':>9}{'written':>8}   ", end=""
         )
         print(f"{'stall / copy':>20}{'durable / write':>20}{'/ copy and write':>20}")
-        gigabytes = sum(tensor.nbytes for tensor in state.flat().values()) / 1e9
+        rest_s = rest_s_per_gb * sum(tensor.nbytes for tensor in state.flat().values()) / 1e9
         for name in names:
             place = Path(tempfile.mkdtemp(dir=directory))
-            bound, contender = Bound(place), make(name, place, deletes=False)
+            bound, contender = Bound(place), make(name, place, deletes=False, rest_s=rest_s)
             try:
                 for number in range(WARM_UPS + rounds):
-                    take_turns(state, bound, contender, number, gigabytes)
+                    take_turns(state, bound, contender, number, rest_s)
             finally:
                 contender.close()
                 shutil.rmtree(place)
@@ -375,8 +394,8 @@ def states_of(sizes: list[int], counts: list[int], frozen: list[int]) -> Iterato
         yield f"{megabytes} MB frozen, and {changes} MB that change", State.of_adapter(megabytes)
 
 
-def take_turns(state: State, bound: Bound, contender: Contender, number: int, gigabytes: float) -> None:
-    turns = [lambda: bound.take_turn(state), lambda: measure(contender, state, gigabytes)]
+def take_turns(state: State, bound: Bound, contender: Contender, number: int, rest_s: float) -> None:
+    turns = [lambda: bound.take_turn(state), lambda: measure(contender, state, rest_s)]
     for turn in turns if number % 2 else reversed(turns):
         state.step()
         turn()
@@ -385,12 +404,15 @@ def take_turns(state: State, bound: Bound, contender: Contender, number: int, gi
         contender.figures = {"extra": contender.figures["extra"]}
 
 
-def measure(contender: Contender, state: State, gigabytes: float) -> None:
+def measure(contender: Contender, state: State, rest_s: float) -> None:
     if "extra" not in contender.figures:
         before, peaks = status_kb("VmRSS"), []
-        for _ in range(2):
+        for _ in range(FIRST_SAVES):
             Path("/proc/self/clear_refs").write_text("5")
             contender.save(state)
+            if contender.before_step is not None:
+                time.sleep(rest_s)
+                contender.before_step()
             contender.settle()
             peaks.append(status_kb("VmHWM"))
             state.step()
@@ -401,7 +423,7 @@ def measure(contender: Contender, state: State, gigabytes: float) -> None:
         with timed(contender, "stall"):
             contender.save(state)
         if contender.before_step is not None:
-            time.sleep(REST_S_PER_GB * gigabytes)
+            time.sleep(rest_s)
             with timed(contender, "fence"):
                 contender.before_step()
             contender.figures["stall"][-1] += contender.figures["fence"][-1]
@@ -512,6 +534,9 @@ def main() -> int:
     parser.add_argument(
         "--frozen", type=int, nargs="*", default=[1000], help="megabytes of a base that is not trained"
     )
+    parser.add_argument(
+        "--rest", type=float, default=0.15, help="seconds of forward and backward for each GB of state"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--pairs", type=int, default=5, help="of stretches of the training loop; 0 leaves it out"
@@ -531,7 +556,7 @@ def main() -> int:
         names.remove("moonclip")
         print("Moonclip is left out: it is not installed (pip install moonclip==0.3.1)")
     states = states_of(arguments.sizes, arguments.tensors, arguments.frozen)
-    measure_states(states, names, arguments.rounds, arguments.directory)
+    measure_states(states, names, arguments.rounds, arguments.directory, arguments.rest)
     if arguments.pairs:
         measure_loop(names, arguments.intervals, arguments.pairs, arguments.directory)
     return 0
