@@ -227,7 +227,7 @@ fn what_is_written_before_the_fence_and_what_is_copied_for_it_make_one_step() {
     let run = begun(Arc::new(Slow(memory.clone(), Duration::from_millis(3))));
     let saver = Saver::new(Arc::clone(&run));
     let mut storages: Vec<Vec<u64>> = (0..20).map(|index| vec![0; WORDS + 1000 * index]).collect();
-    let value = |index: u64, step: u64| 100 * index + if index % 3 == 0 { step / 3 } else { step };
+    let value = |index: u64, step: u64| 100 * index + if index.is_multiple_of(3) { step / 3 } else { step };
     for step in 0..=24 {
         for (index, storage) in storages.iter_mut().enumerate() {
             storage.fill(value(index as u64, step));
