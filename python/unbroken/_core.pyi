@@ -561,8 +561,8 @@ class Run:
     ) -> tuple[Literal["saved"], CheckpointInfo] | tuple[Literal["torn", "stirred"], int] | None:
         """Tell once what became of the last save; None while it is under way (without `wait`), or if there is none.
 
-        `torn` (with the step): lent memory changed before it was read or copied; `stirred`: unmoved memory is not what it was at
-        the last save. Nothing was written.
+        `torn` (with the step): lent memory changed before it was read or copied; `stirred`: unmoved memory is not what it
+        was at the last save. Nothing is left of it.
 
         Raises:
             StorageError: It could not be written; older checkpoints are as they were.

@@ -81,7 +81,7 @@ pub struct Terms {
 pub enum Outcome {
     /// It is durable; older ones that the policy does not keep are gone.
     Saved(CheckpointInfo),
-    /// Lent memory changed before it was copied: nothing was written.
+    /// Lent memory changed before all of it was read: nothing is left of the checkpoint.
     Torn {
         /// The step that it was to save.
         step: u64,
@@ -148,16 +148,16 @@ struct Task {
 
 impl Task {
     fn save(&self, save: Save, terms: Terms) -> Outcome {
-        give_way(NICE);
         let step = save.step;
         let confirm = Mutex::new(terms.confirm);
         let confirmed = || lock(&confirm).take().is_none_or(|confirm| confirm());
         let sound = OnceLock::new();
         let is_sound = || *sound.get_or_init(|| self.lending.is_sound() & confirmed());
         let copier_gives_way = || give_way(COPY_NICE);
-        let written = self
-            .lending
-            .copying(terms.lent_for, copier_gives_way, || self.write(save, &is_sound));
+        let written = self.lending.copying(terms.lent_for, copier_gives_way, || {
+            give_way(NICE); // Only now: a thread starts as nice as the one that starts it, and is not let back.
+            self.write(save, &is_sound)
+        });
         // Asked in any case: what it holds on to is let go of by asking.
         confirmed();
         match written {
@@ -512,7 +512,8 @@ fn lay_out(lengths: &[usize], places: &[Place], rests: impl Fn(usize) -> bool) -
 /// How far the training goes first. At 19 it hardly notices a save, and whoever waits for one on a busy machine waits for
 /// long; at 5 it loses 3 % of its time while a save is under way.
 const NICE: i32 = 10;
-const COPY_NICE: i32 = 0;
+/// The same of copying, which the training waits for if it is late.
+const COPY_NICE: i32 = 5;
 
 /// Lets the training go first where there are fewer cores than threads.
 fn give_way(nice: i32) {
