@@ -177,7 +177,9 @@ class Story:
         """Return the trace's whole lines, in the order in which they were written."""
         if not self.trace.exists():
             return []
-        return [json.loads(line) for line in self.trace.read_text().splitlines()]
+        # A write in the middle of being made is seen in part, and a kill may leave it so.
+        whole = [line for line in self.trace.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in whole]
 
     def steps_written(self) -> list[int]:
         return [line["step"] for line in self.lines() if "step" in line]
