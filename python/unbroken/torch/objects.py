@@ -134,12 +134,10 @@ class Names:
         found = self._names.get(id(item))
         return found[1] if found is not None and found[0] == kind else None
 
-    def names(self, items: Iterable[object], kind: str) -> Iterator[str | None]:
-        """Yield each object's name, or None."""
-        known = self._names.get
-        for item in items:
-            found = known(id(item))
-            yield found[1] if found is not None and found[0] == kind else None
+    def names(self, items: Iterable[object], kind: str) -> list[str | None]:
+        """Return each object's name, or None."""
+        entries = map(self._names.get, map(id, items))
+        return [entry[1] if entry is not None and entry[0] == kind else None for entry in entries]
 
     @property
     def identities(self) -> Collection[int]:

@@ -80,7 +80,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
     state: dict[str, Value] = {}
     others: dict[Value, Value] = {}
     # By identity, as their hash is too: asking a dict of tensors runs torch's `__hash__`, in Python.
-    parts = {id(key): value for key, value in optimizer.state.items()}
+    parts = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))
     known: set[int] = set()
     for at, group in enumerate(optimizer.param_groups):
         options = {
