@@ -44,7 +44,7 @@ class Saver:
 
     def number_of(self, what: str) -> int | None:
         """The last step that was said to be so."""
-        found = re.findall(rf"^{what} (\d+)$", self.words, re.MULTILINE)
+        found = re.findall(rf"^{what} (\d+)\n", self.words, re.MULTILINE)  # A line that is whole.
         return int(found[-1]) if found else None
 
     def wait_for_a_save(self) -> None:
