@@ -36,6 +36,7 @@ pub(crate) use read::{Claim, verify_pack};
 use renewal::Chunks;
 pub use retention::{Best, Order, Retention};
 pub use write::Commit;
+use write::counts;
 pub(crate) use write::{Beside, Digested};
 
 /// Directory of the manifests.
@@ -126,8 +127,16 @@ pub struct Checkpoint {
     info: Arc<CheckpointInfo>,
     manifest: Arc<Manifest>,
     form: Arc<Form>,
-    /// What was found of storages in pieces when they were read.
-    chunks: Arc<Mutex<HashMap<usize, Chunks>>>,
+    /// What was found of its storages when they were read.
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// What a commit that goes on from a checkpoint wants to know of its storages, by their index.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Of those in pieces.
+    chunks: HashMap<usize, Chunks>,
+    samples: HashMap<usize, Sample>,
 }
 
 impl Checkpoint {
@@ -137,7 +146,7 @@ impl Checkpoint {
             info: Arc::new(CheckpointInfo::new(directory, name, &manifest)),
             manifest,
             form,
-            chunks: Arc::default(),
+            seen: Arc::default(),
         }
     }
 
@@ -379,6 +388,15 @@ pub struct Store {
     notices: Vec<String>,
 }
 
+/// What a storage's bytes are by windows: cheap to take, and other ones are proof of other bytes.
+type Sample = [Fingerprint; WINDOWS];
+
+/// Takes the sample that is compared from commit to commit.
+fn sample(bytes: &[u8]) -> Sample {
+    const SEED: u64 = 1;
+    Fingerprint::of_windows(bytes, SEED)
+}
+
 /// What a storage is expected to do from one commit to the next.
 #[derive(Clone, Debug)]
 struct Habit {
@@ -386,8 +404,9 @@ struct Habit {
     length: u64,
     /// Whether the last commit found bytes there that were nowhere else.
     changes: bool,
-    /// Samples of the last commit's bytes: other ones now are proof of a change. Unknown when a life begins.
-    windows: Option<[Fingerprint; WINDOWS]>,
+    /// Of the last commit's bytes: another one now is proof of a change. Unknown where the checkpoint that a life begins
+    /// with was read into no memory.
+    windows: Option<Sample>,
     /// Digests of the last commit's chunks, unless most of them are expected to change.
     chunks: Option<Chunks>,
 }
@@ -456,16 +475,25 @@ impl Store {
     /// Takes note that every byte of a checkpoint was read, and that training goes on from it.
     pub(crate) fn trust(&mut self, checkpoint: &Checkpoint) {
         self.admit(checkpoint, true);
-        let mut chunks = checkpoint.chunks.lock().expect("nothing panics with it");
+        let mut seen = checkpoint.seen.lock().expect("nothing panics with it");
+        let manifest = &checkpoint.manifest;
+        let others = self
+            .catalog
+            .values()
+            .filter(|entry| entry.info.name != checkpoint.info.name);
+        let older: HashSet<&str> = others
+            .flat_map(|entry| entry.packs.iter().map(|pack| pack.name.as_str()))
+            .collect();
+        let is_own = |pack: u32| !older.contains(manifest.packs[pack as usize].name.as_str());
+        let counts = counts(&manifest.storages);
         let habit = |(index, storage): (usize, &StorageEntry)| Habit {
             digest: storage.digest,
             length: storage.length,
-            changes: false,
-            windows: None,
-            chunks: chunks.remove(&index),
+            changes: counts[&storage.digest] == 1 && storage.place.packs().any(is_own),
+            windows: seen.samples.remove(&index),
+            chunks: seen.chunks.remove(&index),
         };
-        let storages = checkpoint.manifest.storages.iter().enumerate();
-        self.habits = storages.map(habit).collect();
+        self.habits = manifest.storages.iter().enumerate().map(habit).collect();
     }
 
     fn admit(&mut self, checkpoint: &Checkpoint, verified: bool) {

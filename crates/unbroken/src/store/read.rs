@@ -12,9 +12,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::parallel::each_in_parallel;
-use super::{Checkpoint, OBJECTS, leaf_of};
+use super::{Checkpoint, OBJECTS, leaf_of, sample};
 use crate::arena::{Arena, bring_in};
-use crate::digest::{Assembly, Digest, GROUP, Hasher};
+use crate::digest::{self, Assembly, Digest, GROUP, Hasher};
 use crate::error::{Error, Result};
 use crate::format::coded::{self, BLOCK, Decoder};
 use crate::format::manifest::{Coded, Layer, PackEntry, Pieces, Place, StorageEntry};
@@ -301,11 +301,10 @@ fn read_piece(scratch: &mut Scratch, sources: &[Source], found: &[Found], piece:
             Target::Nowhere => digest.put(part.group, bytes),
             Target::Memory(memory) => {
                 bring_in(memory);
-                let grain = digest.grain();
-                let groups = memory.chunks_mut(grain).zip(bytes.chunks(grain));
+                let groups = memory.chunks_mut(GROUP).zip(bytes.chunks(GROUP));
                 for (group, (memory, bytes)) in groups.enumerate() {
                     memory.copy_from_slice(bytes);
-                    digest.put(part.group + group, memory); // Still in the nearest cache.
+                    digest.put(part.group + group * (GROUP / digest.grain()), memory); // Still in a near cache.
                 }
             }
         }
@@ -498,7 +497,8 @@ impl Checkpoint {
     ///
     /// `Damaged` names file and leaf; the memory's content is unspecified then.
     pub fn read_into(&self, targets: Vec<(usize, &mut [u8])>) -> Result<()> {
-        self.fill_all(self.checked(targets)?)
+        let mut targets = targets;
+        self.fill_all(self.checked(&mut targets)?).map(drop)
     }
 
     /// Reads everything it refers to, and compares each digest.
@@ -507,7 +507,8 @@ impl Checkpoint {
     ///
     /// `Damaged` for the first difference found.
     pub fn verify(&self) -> Result<()> {
-        self.verify_into(Vec::new())
+        self.check_packs()?;
+        self.fill_all(self.with_the_rest(Vec::new())).map(drop)
     }
 
     /// Reads everything it refers to, once, and compares each digest. Storages for which there is memory lie there
@@ -518,16 +519,23 @@ impl Checkpoint {
     /// `Damaged` for the first difference found; the memory's content is unspecified then.
     pub fn verify_into(&self, targets: Vec<(usize, &mut [u8])>) -> Result<()> {
         self.check_packs()?;
-        let mut targets = self.checked(targets)?;
+        let mut targets = targets;
+        let found = self.fill_all(self.with_the_rest(self.checked(&mut targets)?))?;
+        self.note(found, &targets);
+        Ok(())
+    }
+
+    /// Adds what nobody has memory for.
+    fn with_the_rest<'a>(&self, targets: Vec<(usize, Target<'a>)>) -> Vec<(usize, Target<'a>)> {
         let storages = &self.manifest.storages;
-        let mut seen: HashSet<&StorageEntry> =
-            targets.iter().map(|(storage, _)| &storages[*storage]).collect();
+        let mut all = targets;
+        let mut seen: HashSet<&StorageEntry> = all.iter().map(|(storage, _)| &storages[*storage]).collect();
         for (storage, entry) in storages.iter().enumerate() {
             if seen.insert(entry) {
-                targets.push((storage, Target::Nowhere));
+                all.push((storage, Target::Nowhere));
             }
         }
-        self.fill_all(targets)
+        all
     }
 
     /// Asks for memory for all of it, while the first bytes are on their way from the disk.
@@ -570,17 +578,17 @@ impl Checkpoint {
     }
 
     /// Refuses memory that does not have its storage's length.
-    fn checked<'a>(&self, targets: Vec<(usize, &'a mut [u8])>) -> Result<Vec<(usize, Target<'a>)>> {
-        let check = |(storage, memory): (usize, &'a mut [u8])| {
-            let (length, given) = (self.entry(storage)?.length, memory.len());
+    fn checked<'a>(&self, targets: &'a mut [(usize, &mut [u8])]) -> Result<Vec<(usize, Target<'a>)>> {
+        let check = |(storage, memory): &'a mut (usize, &mut [u8])| {
+            let (length, given) = (self.entry(*storage)?.length, memory.len());
             if given as u64 != length {
                 return Err(Error::invalid(format!(
                     "storage {storage} has {length} bytes, its target {given}"
                 )));
             }
-            Ok((storage, Target::Memory(memory)))
+            Ok((*storage, Target::Memory(memory)))
         };
-        targets.into_iter().map(check).collect()
+        targets.iter_mut().map(check).collect()
     }
 
     /// Checks that each pack is there, as long as it should be, with the header that the manifest names.
@@ -597,7 +605,8 @@ impl Checkpoint {
         self.manifest.storages.get(storage).ok_or_else(missing)
     }
 
-    fn fill_all(&self, targets: Vec<(usize, Target)>) -> Result<()> {
+    /// Reads and compares, and returns what each of those storages was found to be.
+    fn fill_all(&self, targets: Vec<(usize, Target)>) -> Result<Vec<(usize, Assembly)>> {
         let mut packs: HashMap<u32, usize> = HashMap::new();
         let mut sources = Vec::new();
         let mut open = |pack: u32| {
@@ -632,18 +641,21 @@ impl Checkpoint {
                 });
             }
         }
-        for (storage, found) in storages.into_iter().zip(found) {
-            self.note_chunks(storage, found.bytes);
-        }
-        Ok(())
+        let found = found.into_iter().map(|found| found.bytes);
+        Ok(storages.into_iter().zip(found).collect())
     }
 
-    /// Keeps what was found of a storage in pieces, for a commit that goes on from it.
-    fn note_chunks(&self, storage: usize, found: Assembly) {
-        if let Place::Pieces(_) = self.manifest.storages[storage].place {
-            let mut chunks = self.chunks.lock().expect("nothing panics with it");
-            chunks.insert(storage, found.into_values().into());
-        }
+    /// Keeps the chunks of what is in pieces, and samples of what lies in memory now, for a commit that goes on from it.
+    fn note(&self, found: Vec<(usize, Assembly)>, read: &[(usize, &mut [u8])]) {
+        let regions: Vec<&[u8]> = read.iter().map(|(_, bytes)| &**bytes).collect();
+        let samples = digest::of_each(&regions, sample);
+        let mut seen = self.seen.lock().expect("nothing panics with it");
+        let storages = read.iter().map(|(storage, _)| *storage);
+        seen.samples.extend(storages.zip(samples));
+        let in_pieces = |storage: usize| matches!(self.manifest.storages[storage].place, Place::Pieces(_));
+        let chunks = found.into_iter().filter(|(storage, _)| in_pieces(*storage));
+        seen.chunks
+            .extend(chunks.map(|(storage, found)| (storage, found.into_values().into())));
     }
 }
 

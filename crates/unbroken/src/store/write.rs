@@ -18,10 +18,12 @@ use super::compression::{Against, Bases, Candidate, Compressed, Made, compress, 
 use super::form::{Form, Packed, pack_as_before};
 use super::read::{digest_all, is_there, open_pack};
 use super::renewal::{Chunks, Renewal, chunk_size, digests_of, settle};
-use super::{CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Known, OBJECTS, Store};
-use super::{is_damage, leaf_of, pack_writer, random_name, temporary_name};
+use super::{
+    CHANGED, CHECKPOINTS, COMPRESSED, Checkpoint, Compression, Habit, Known, OBJECTS, Sample, Store,
+};
+use super::{is_damage, leaf_of, pack_writer, random_name, sample, temporary_name};
 use crate::arena::Arena;
-use crate::digest::{self, Assembly, Digest, Fingerprint, GROUP, Scattered, WINDOWS};
+use crate::digest::{self, Assembly, Digest, GROUP, Scattered, WINDOWS};
 use crate::error::{Error, Result};
 use crate::format::manifest::{self, Draft, Manifest, PackEntry, Place, StorageEntry};
 use crate::format::pack::PackLayout;
@@ -49,12 +51,6 @@ pub struct Commit<B> {
     /// Whether retention must keep it.
     pub pinned: bool,
 }
-
-/// Which sample of a storage is compared from commit to commit.
-const SAMPLE: u64 = 1;
-
-/// What a storage's bytes are by that sample.
-type Sample = [Fingerprint; WINDOWS];
 
 impl<B> Commit<B> {
     /// The same of other bytes.
@@ -446,9 +442,7 @@ impl Store {
         form: Option<&Form>,
     ) -> Result<Plan> {
         let storages = &commit.storages;
-        let samples = digest::of_each(storages, |bytes| {
-            bytes.look(|bytes| Fingerprint::of_windows(bytes, SAMPLE))
-        });
+        let samples = digest::of_each(storages, |bytes| bytes.look(sample));
         let sparse: Vec<bool> = (0..storages.len())
             .map(|index| self.is_sparse(index, storages, &samples))
             .collect();
@@ -748,11 +742,7 @@ impl Store {
         samples: &[Sample],
         found: Vec<Option<Digested>>,
     ) {
-        let mut counts: HashMap<&Digest, usize, Scattered> =
-            HashMap::with_capacity_and_hasher(storages.len(), Scattered);
-        for storage in storages {
-            *counts.entry(&storage.digest).or_default() += 1;
-        }
+        let counts = counts(storages);
         let habit = |((index, storage), found): ((usize, &StorageEntry), Option<Digested>)| {
             let there = self.places.contains_key(&(storage.digest, storage.length));
             let old = self.habit(index, bytes);
@@ -870,6 +860,16 @@ impl Store {
     }
 }
 
+/// How many storages have each digest.
+pub(super) fn counts(storages: &[StorageEntry]) -> HashMap<&Digest, usize, Scattered> {
+    let mut counts: HashMap<&Digest, usize, Scattered> =
+        HashMap::with_capacity_and_hasher(storages.len(), Scattered);
+    for storage in storages {
+        *counts.entry(&storage.digest).or_default() += 1;
+    }
+    counts
+}
+
 /// Takes what was coded from among what would be written as it is.
 fn take_coded(
     made: &mut Made,
@@ -979,4 +979,103 @@ fn lay_out(
         new,
         made,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Tensor;
+    use crate::storage::Directory;
+    use crate::storage::memory::MemoryStorage;
+    use crate::store::{TMP, Tuning};
+
+    const BYTES: usize = 100_000;
+
+    fn commit_to(store: &mut Store, step: u64, storages: &[Vec<u8>]) -> Checkpoint {
+        let tensor = |storage: u32| {
+            Value::Tensor(Tensor {
+                dtype: "uint8".to_owned(),
+                shape: vec![BYTES as u64],
+                strides: vec![1],
+                offset: 0,
+                storage,
+                device: "cpu".to_owned(),
+                attrs: Vec::new(),
+            })
+        };
+        let commit = Commit {
+            step,
+            phase: 0,
+            tree: Value::List((0..storages.len() as u32).map(tensor).collect()),
+            storages: bytes_of(storages),
+            identity: Vec::new(),
+            environment: Vec::new(),
+            metrics: Vec::new(),
+            pinned: false,
+        };
+        let (created, head) = ("2026-11-29T12:00:00.000Z".to_owned(), Digest([0; 32]));
+        store.commit(commit, 1, created, head, Beside::default()).unwrap()
+    }
+
+    fn bytes_of(storages: &[Vec<u8>]) -> Vec<Bytes<'_>> {
+        storages.iter().map(|bytes| Bytes::Here(bytes)).collect()
+    }
+
+    /// The storages that the next commit would digest before it writes.
+    fn doubtful(store: &Store, storages: &[Vec<u8>]) -> Vec<usize> {
+        let samples: Vec<Sample> = storages.iter().map(|bytes| sample(bytes)).collect();
+        let found = store.digest_doubtful(&bytes_of(storages), &samples, Vec::new());
+        (0..found.len()).filter(|&index| found[index].is_some()).collect()
+    }
+
+    /// A store whose last checkpoint was written by another life, which has read it: into memory or not.
+    fn next_life(directory: &Directory, last: &Checkpoint, into_memory: bool) -> Store {
+        let info = last.info();
+        let read = Checkpoint::load(directory, &info.name).unwrap();
+        let mut memory = vec![vec![0; BYTES]; if into_memory { 4 } else { 0 }];
+        let targets = memory.iter_mut().map(Vec::as_mut_slice).enumerate();
+        read.verify_into(targets.collect()).unwrap();
+        let whole = crate::store::survey(directory, &info.run_id).unwrap().whole;
+        let mut store = Store::new(directory.clone(), info.run_id.clone(), &whole, Tuning::default());
+        store.trust(&read);
+        store
+    }
+
+    #[test]
+    fn the_first_commit_behind_a_resume_digests_beforehand_what_may_be_on_disk_and_nothing_else() {
+        let directory = Directory::new(Arc::new(MemoryStorage::new()));
+        for name in [CHECKPOINTS, OBJECTS, TMP] {
+            directory.create_dir(name).unwrap();
+        }
+        let mut store = Store::new(directory.clone(), "run".to_owned(), &[], Tuning::default());
+        // The first is frozen, the second and the fourth change, two of them are equal.
+        let mut storages = vec![vec![1; BYTES], vec![2; BYTES], vec![3; BYTES], vec![3; BYTES]];
+        commit_to(&mut store, 1, &storages);
+        storages[1].fill(4);
+        storages[2].fill(5);
+        storages[3].fill(5);
+        let last = commit_to(&mut store, 2, &storages);
+        storages[1].fill(6);
+        storages[2].fill(7);
+        storages[3].fill(7);
+        assert_eq!(
+            doubtful(&next_life(&directory, &last, true), &storages),
+            [0, 2, 3]
+        );
+        // Bytes of the older checkpoint were never sampled, but what had changed by the last one is not held against them.
+        storages[0].fill(8);
+        assert_eq!(
+            doubtful(&next_life(&directory, &last, true), &storages),
+            [0, 2, 3]
+        );
+        assert_eq!(
+            doubtful(&next_life(&directory, &last, false), &storages),
+            [0, 1, 2, 3]
+        );
+        let store = &mut next_life(&directory, &last, true);
+        let next = commit_to(store, 3, &storages);
+        for (index, bytes) in storages.iter().enumerate() {
+            assert!(next.read(index).unwrap() == *bytes, "storage {index}");
+        }
+    }
 }
