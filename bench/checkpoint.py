@@ -530,7 +530,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000], help="megabytes of state")
-    parser.add_argument("--tensors", type=int, nargs="*", default=[16, 8000], help="how many they are")
+    parser.add_argument("--tensors", type=int, nargs="*", default=[16, 2000, 8000], help="how many they are")
     parser.add_argument(
         "--frozen", type=int, nargs="*", default=[1000], help="megabytes of a base that is not trained"
     )
