@@ -1048,7 +1048,7 @@ mod tests {
             directory.create_dir(name).unwrap();
         }
         let mut store = Store::new(directory.clone(), "run".to_owned(), &[], Tuning::default());
-        // The first is frozen, the second and the fourth change, two of them are equal.
+        // The first is frozen, the others change; the last two are equal to each other.
         let mut storages = vec![vec![1; BYTES], vec![2; BYTES], vec![3; BYTES], vec![3; BYTES]];
         commit_to(&mut store, 1, &storages);
         storages[1].fill(4);
