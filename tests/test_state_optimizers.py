@@ -138,6 +138,18 @@ def test_a_parameter_group_added_in_training_is_added_again() -> None:
     assert resumed["optimizer"].param_groups[1]["own"] == [1]
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
+def test_a_parameter_that_is_in_a_group_twice_has_one_state() -> None:
+    def build(seed: int) -> dict[str, Any]:
+        model = net(seed)
+        twice: list[Any] = [model[0].weight, model[2].weight, model[0].weight, model[2].bias]
+        return {"model": model, "optimizer": torch.optim.SGD(twice, lr=0.01, momentum=0.9)}
+
+    _, resumed = assert_resumes_exactly(build, step)
+    assert len(resumed["optimizer"].state) == 3
+    assert len(resumed["optimizer"].param_groups[0]["params"]) == 4
+
+
 def test_state_is_bound_by_name_and_not_by_position() -> None:
     model = net(1)
     optimizer = torch.optim.Adam(model.parameters())

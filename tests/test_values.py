@@ -357,6 +357,42 @@ def test_parts_that_make_no_value_are_a_format_error(value: Any) -> None:
         values.raise_(value, path="state")
 
 
+@given(st.dictionaries(hashables, trees, max_size=4))
+def test_a_dict_filled_entry_by_entry_is_that_dict_wherever_it_stands(found: dict[Any, object]) -> None:
+    lowered = values.lower(found, path="")
+    entries = _core.Entries()
+    for key, value in lowered.items():
+        entries[key] = value
+    assert len(entries) == len(lowered)
+    for place in (
+        lambda it: it,
+        lambda it: [it],
+        lambda it: {1: it},
+        lambda it: _core.Object("k", "n", {"x": it}),
+    ):
+        assert _core.encode(place(entries)) == _core.encode(place(lowered))
+
+
+def test_a_dict_filled_entry_by_entry_takes_what_any_other_does_and_when_it_is_put_in() -> None:
+    entries, changing = _core.Entries(), [1]
+    entries["kept"] = changing
+    changing.append(2)
+    with pytest.raises(UnsupportedState):
+        entries["refused"] = object()
+    assert _core.decode(_core.encode(entries)) == {"kept": [1]}
+    deep: object = 0
+    for _ in range(126):
+        deep = [deep]
+    entries["deep"] = deep
+    _core.encode(entries)
+    with pytest.raises(UnsupportedState, match="nested deeper"):
+        _core.encode([entries])
+    twice = _core.Entries()
+    twice["a"] = twice["a"] = 1
+    with pytest.raises(ValueError, match='"a" twice'):
+        _core.encode(twice)
+
+
 def test_neither_torch_nor_numpy_is_imported_to_hold_a_value() -> None:
     program = (
         "import sys; from unbroken import values; values.lower([1, {2: 'x'}], path='');"

@@ -1,14 +1,16 @@
 """The border between Python and the Rust core: what the extension module offers, and nothing clever."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
-Value: TypeAlias = Any
 Compress: TypeAlias = Literal["alone", "differences"] | None
+
+Value: TypeAlias = Any
 """None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, `Tensor` or `Object`; nothing else.
 
 Exact types only: a subclass (an IntEnum, a named tuple) is refused with TypeError naming its path; fronts lower it first.
+On the way in, `Entries` stands for a dict.
 """
 
 @final
@@ -52,6 +54,41 @@ class Object:
     def name(self) -> str: ...
     @property
     def fields(self) -> dict[str, Value]: ...
+
+@final
+class Entries:
+    """A dict of a tree as the core holds it: what is put in is converted at once. It only grows.
+
+    Of a model's thousands of leaves none becomes a Python object that is made only to be read again.
+    """
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def __setitem__(self, key: Value, value: Value) -> None:
+        """Add an entry; its key must be none that is there already: the format refuses one that is there twice."""
+
+@final
+class Names:
+    """Names of the live objects that others refer to: parameters and buffers, modules, and whatever is tracked.
+
+    They are kept alive.
+    """
+
+    def __init__(self) -> None: ...
+    def add(self, kind: str, name: str, item: object) -> None:
+        """Name an object; the first name that it gets is its name, and all of them find it."""
+    def add_members(self, kind: str, prefix: str, members: Mapping[Any, Any]) -> None:
+        """Add objects, None left out, under their names behind a prefix. A model has thousands of parameters."""
+    def name(self, item: object, kind: str) -> str | None:
+        """Return an object's name, or None."""
+    def names(self, items: list[Any], kind: str) -> list[str | None]:
+        """Return each object's name, or None."""
+    def name_of_id(self, id: int) -> str | None:
+        """Return the name, of whatever kind, of the object with that `id`, or None."""
+    def reference(self, item: object) -> Object | None:
+        """Return what stands for a named object in a tree, or None."""
+    def find(self, kind: str, name: str, missing: Any) -> Any:
+        """Return the object of that name, or `missing`."""
 
 def encode(value: Value) -> bytes:
     """Return the canonical bytes of a value (docs/format.md, "Values")."""
@@ -253,15 +290,15 @@ class Regions:
         """Return (address, length in bytes) of each."""
     def parameters(
         self,
-        parameters: dict[str, Any],
+        parameters: Mapping[str, Any],
         prefix: str,
-        leaves: dict[str, Value],
-        gradients: dict[str, Value],
+        leaves: Entries,
+        gradients: Entries,
     ) -> bool:
         """Put the leaf of each of a module's parameters into `leaves`, and that of its gradient into `gradients`, by name.
 
-        None stands for no gradient; requires_grad and nothing else is noted. False, and perhaps some of them there, where
-        one is none that `leaf` takes, or has a name that is no text.
+        None stands for no gradient; requires_grad and nothing else is noted. False, and none of them there, where they are
+        no dict, one is none that `leaf` takes, or has a name that is no text.
         """
     def lone_states(
         self,
@@ -269,16 +306,18 @@ class Regions:
         parameters: list[Any],
         first: int,
         state: dict[int, Any],
-        named: Container[int],
-        lowered: dict[str, Value],
+        named: Names,
+        lowered: Entries,
     ) -> int:
         """Put what an optimizer has for each parameter into `lowered`, by name, from number `first` on.
 
         `state` has it by the parameters' `id`; some may have none. In it is what `lone_leaf` gives for each value, by its
         key. Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a
-        tensor whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are
-        where there is no such.
+        tensor that has a name or no plain tensor at all, or has a key that is no ASCII text. How many there are where there
+        is no such.
         """
+    def settled(self) -> None:
+        """Take note that all leaves were made: what is the same in the next capture is not made again."""
     def have_live(self, least_bytes: int) -> bool:
         """Tell whether one of at least so many bytes is live memory, and not the capture's own."""
     def take_frozen(self) -> Versions:

@@ -42,8 +42,8 @@ fn descend<'a>(value: &'a Value, path: String, out: &mut Vec<Leaf<'a>>) {
                 descend(item, below(&key_text(key)), out);
             }
         }
-        Value::Object { fields, .. } if !fields.is_empty() => {
-            for (name, item) in fields {
+        Value::Object(object) if !object.fields.is_empty() => {
+            for (name, item) in &object.fields {
                 descend(item, below(name), out);
             }
         }
@@ -62,6 +62,8 @@ pub(crate) fn byte_length(tensor: &Tensor) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use unbroken::state::Object;
+
     use super::*;
 
     #[test]
@@ -74,11 +76,11 @@ mod tests {
             (Value::Int(3), Value::Set(vec![Value::Int(1)])),
             (
                 Value::Str("o".into()),
-                Value::Object {
+                Value::from(Object {
                     kind: "dataclass".into(),
                     name: "m.P".into(),
                     fields: vec![("x".into(), Value::None)],
-                },
+                }),
             ),
         ]);
         let paths: Vec<String> = leaves(&tree).into_iter().map(|leaf| leaf.path).collect();

@@ -133,9 +133,9 @@ fn write_value(out: &mut String, value: &Value) {
             }
             out.push('}');
         }
-        Value::Object { name, fields, .. } => {
-            out.push_str(&line(name));
-            write_fields(out, fields);
+        Value::Object(object) => {
+            out.push_str(&line(&object.name));
+            write_fields(out, &object.fields);
         }
         Value::Tensor(tensor) => {
             write!(out, "tensor({} {})", line(&tensor.dtype), shape(&tensor.shape))
@@ -196,8 +196,8 @@ pub(crate) fn value_json(value: &Value) -> Json {
                 Json::Object,
             )
         }
-        Value::Object { kind, name, fields } => {
-            json!({ "kind": kind, "name": name, "fields": fields_json(fields) })
+        Value::Object(object) => {
+            json!({ "kind": object.kind, "name": object.name, "fields": fields_json(&object.fields) })
         }
         Value::Tensor(tensor) => tensor_json(tensor),
     }
@@ -254,6 +254,8 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use unbroken::state::Object;
+
     use super::*;
 
     #[test]
@@ -273,11 +275,11 @@ mod tests {
     fn text_from_a_file_cannot_steer_a_terminal() {
         let evil = Value::Dict(vec![(
             Value::Str("a\x1b[2J\n".into()),
-            Value::Object {
+            Value::from(Object {
                 kind: "x".into(),
                 name: "m.\x07T".into(),
                 fields: vec![("f\r".into(), Value::Str("\u{9b}31m".into()))],
-            },
+            }),
         )]);
         assert!(!value(&evil).chars().any(char::is_control), "{:?}", value(&evil));
     }

@@ -7,7 +7,7 @@ use std::collections::hash_map::Entry as Slot;
 
 use unbroken::Result;
 use unbroken::format::value;
-use unbroken::state::{Tensor, Value};
+use unbroken::state::{Object, Tensor, Value};
 
 use crate::machine::Arena;
 use crate::node::{ArrayNode, Id, Node, TensorNode};
@@ -172,11 +172,11 @@ impl Writer<'_> {
                 let items = self.dict(items)?;
                 Ok(object("namespace", name, vec![("items", items)]))
             }
-            Node::Object(kind, name, fields) => Ok(Value::Object {
+            Node::Object(kind, name, fields) => Ok(Value::from(Object {
                 kind: (*kind).to_owned(),
                 name: name.clone(),
                 fields: fields.clone(),
-            }),
+            })),
             Node::Tensor(tensor) => Ok(tensor_value(tensor)),
             Node::NumpyArray(Some(array)) => self.array(array),
             Node::NumpyScalar(dtype, data) => {
@@ -256,7 +256,7 @@ impl Writer<'_> {
     fn own(&mut self, bytes: &[u8]) -> Result<Value> {
         let index = self.first_owned + self.owned.len();
         self.owned.push(bytes.to_vec());
-        Ok(Value::Tensor(Tensor {
+        Ok(Value::from(Tensor {
             dtype: "uint8".to_owned(),
             shape: vec![bytes.len() as u64],
             strides: vec![1],
@@ -274,8 +274,8 @@ fn hashable(value: Value) -> Result<Value> {
         match value {
             Value::List(_) | Value::Dict(_) | Value::Set(_) => false,
             Value::Tuple(parts) | Value::FrozenSet(parts) => parts.iter().all(is_hashable),
-            Value::Object { kind, .. } => !matches!(
-                kind.as_str(),
+            Value::Object(object) => !matches!(
+                object.kind.as_str(),
                 "bytearray" | "defaultdict" | "deque" | "mapping" | "namespace" | "ndarray" | "slice"
             ),
             _ => true,
@@ -290,14 +290,14 @@ fn hashable(value: Value) -> Result<Value> {
 }
 
 fn object(kind: &str, name: &str, fields: Vec<(&str, Value)>) -> Value {
-    Value::Object {
+    Value::from(Object {
         kind: kind.to_owned(),
         name: name.to_owned(),
         fields: fields
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value))
             .collect(),
-    }
+    })
 }
 
 fn tensor_value(node: &TensorNode) -> Value {
@@ -315,7 +315,7 @@ fn tensor_value(node: &TensorNode) -> Value {
             attrs.push((name.to_owned(), Value::Bool(true)));
         }
     }
-    Value::Tensor(Tensor {
+    Value::from(Tensor {
         dtype: node.dtype.to_owned(),
         shape: node.shape.clone(),
         strides: node.strides.clone(),

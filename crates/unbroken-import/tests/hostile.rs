@@ -28,17 +28,17 @@ fn the_three_formats_hold_the_same() {
     assert_eq!(trees[0], trees[1]);
     assert_eq!(trees[0], trees[2]);
     assert_eq!(trees[0].get("epoch"), Some(&Value::Int(3)));
-    let Some(Value::Object { name, fields, .. }) = trees[0].get("net") else {
+    let Some(Value::Object(object)) = trees[0].get("net") else {
         panic!("{:?}", trees[0]);
     };
-    assert_eq!(name, "collections.OrderedDict");
-    let tensor = |name: &str| match fields[0].1.get(name) {
+    assert_eq!(object.name, "collections.OrderedDict");
+    let tensor = |name: &str| match object.fields[0].1.get(name) {
         Some(Value::Tensor(tensor)) => tensor.clone(),
         other => panic!("{other:?}"),
     };
     let (weight, tied) = (tensor("weight"), tensor("tied"));
-    assert_eq!((weight.shape, weight.strides), (vec![2, 3], vec![3, 1]));
-    assert_eq!((tied.shape, tied.strides), (vec![3, 2], vec![1, 3]));
+    assert_eq!((&weight.shape, &weight.strides), (&vec![2, 3], &vec![3, 1]));
+    assert_eq!((&tied.shape, &tied.strides), (&vec![3, 2], &vec![1, 3]));
     assert_eq!(weight.storage, tied.storage);
     let legacy = read(ARCHIVE).unwrap();
     let bytes: Vec<u8> = (0..6).flat_map(|number| (number as f32).to_le_bytes()).collect();

@@ -3,6 +3,7 @@
 //! Touches: nothing. Both are immutable and hold core values; their parts are converted when asked for.
 
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
@@ -13,7 +14,7 @@ use unbroken::state;
 use crate::value::{fields_from_python, fields_to_python};
 
 /// Levels of nesting of a value: 1 without parts, one more than the deepest part with parts.
-fn depth_of(value: &Value) -> usize {
+pub(crate) fn depth_of(value: &Value) -> usize {
     match value {
         Value::List(items) | Value::Tuple(items) | Value::Set(items) | Value::FrozenSet(items) => {
             1 + items.iter().map(depth_of).max().unwrap_or(0)
@@ -25,7 +26,7 @@ fn depth_of(value: &Value) -> usize {
                 .max()
                 .unwrap_or(0)
         }
-        Value::Object { fields, .. } => 1 + depth_of_fields(fields),
+        Value::Object(object) => 1 + depth_of_fields(&object.fields),
         Value::Tensor(leaf) => 1 + depth_of_fields(&leaf.attrs),
         _ => 1,
     }
@@ -47,12 +48,12 @@ fn hash_value<H: Hasher>(value: &Value, state: &mut H) {
 #[pyclass(frozen, eq, hash, module = "unbroken._core")]
 #[derive(PartialEq, Eq)]
 pub(crate) struct Tensor {
-    pub(crate) leaf: state::Tensor,
+    pub(crate) leaf: Arc<state::Tensor>,
     pub(crate) depth: usize,
 }
 
 impl Tensor {
-    pub(crate) fn of(leaf: state::Tensor) -> Self {
+    pub(crate) fn of(leaf: Arc<state::Tensor>) -> Self {
         let depth = 1 + depth_of_fields(&leaf.attrs);
         Tensor { leaf, depth }
     }
@@ -60,7 +61,7 @@ impl Tensor {
 
 impl Hash for Tensor {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        hash_value(&Value::Tensor(self.leaf.clone()), state);
+        hash_value(&Value::Tensor(Arc::clone(&self.leaf)), state);
     }
 }
 
@@ -81,7 +82,7 @@ impl Tensor {
         let mut attrs = attrs.map(fields_from_python).transpose()?.unwrap_or_default();
         attrs.sort_by(|left, right| left.0.cmp(&right.0));
         let device = device.to_owned();
-        Ok(Tensor::of(state::Tensor {
+        Ok(Tensor::of(Arc::new(state::Tensor {
             dtype,
             shape,
             strides,
@@ -89,7 +90,7 @@ impl Tensor {
             storage,
             device,
             attrs,
-        }))
+        })))
     }
 
     #[getter]
@@ -160,7 +161,7 @@ impl Object {
 
     fn parts(&self) -> (&str, &str, &[(String, Value)]) {
         match &self.value {
-            Value::Object { kind, name, fields } => (kind, name, fields),
+            Value::Object(object) => (&object.kind, &object.name, &object.fields),
             _ => unreachable!("an `Object` holds a `Value::Object`"),
         }
     }
@@ -177,7 +178,7 @@ impl Object {
     #[new]
     fn new(kind: String, name: String, fields: &Bound<'_, PyAny>) -> PyResult<Self> {
         let fields = fields_from_python(fields)?;
-        Ok(Object::of(Value::Object { kind, name, fields }))
+        Ok(Object::of(Value::from(state::Object { kind, name, fields })))
     }
 
     #[getter]

@@ -8,12 +8,14 @@
 mod batch;
 mod checkpoint;
 mod dlpack;
+mod entries;
 mod error;
 mod generators;
 mod indices;
 mod key;
 mod leaf;
 mod memory;
+mod names;
 mod run;
 mod step;
 mod storages;
@@ -38,6 +40,8 @@ mod module {
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, CheckpointInfo};
     #[pymodule_export]
+    use crate::entries::Entries;
+    #[pymodule_export]
     use crate::generators::GeneratorReader;
     #[pymodule_export]
     use crate::indices::IndexLog;
@@ -47,6 +51,8 @@ mod module {
     use crate::leaf::{Object, Tensor};
     #[pymodule_export]
     use crate::memory::{Memory, copy_memory, digest_bytes, digest_memory};
+    #[pymodule_export]
+    use crate::names::Names;
     #[pymodule_export]
     use crate::run::{Difference, Run, open_checkpoint, read_checkpoint, read_journal};
     #[pymodule_export]

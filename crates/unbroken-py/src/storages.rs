@@ -1,11 +1,12 @@
 //! The storages of one capture, and the leaves of tensors that are nothing but their storage, as nearly all are.
 //!
-//! Touches: reads live tensors, each one anew at each capture: nothing is remembered that a program could change.
-//! Training stands still meanwhile, and a model has thousands of tensors: what takes twenty lines of Python for each
-//! takes one call here.
+//! Touches: reads live tensors, each one anew at each capture. Of the capture before, leaves are remembered, to be shared
+//! where they come out the same: most do. Training stands still meanwhile, and a model has thousands of tensors: what takes
+//! twenty lines of Python for each takes one call here.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -16,9 +17,11 @@ use unbroken::state;
 use unbroken::store::contiguous;
 
 use crate::dlpack::{Exchange, View};
+use crate::entries::Entries;
 use crate::leaf::Tensor;
 use crate::memory::check_region;
-use crate::value::fields_from_python;
+use crate::names::Names;
+use crate::value::{fields_from_python, from_python};
 
 /// How tensors are read: torch's classes, told once.
 #[pyclass(frozen, module = "unbroken._core")]
@@ -28,7 +31,11 @@ pub(crate) struct TensorReader {
     parameter: (Py<PyType>, String),
     /// None where the framework has no table of a known version: every tensor is read on the long way then.
     exchange: Option<Exchange>,
+    /// The leaves of the last capture, in their order: most are the same in the next one.
+    last: Mutex<Arc<Leaves>>,
 }
+
+type Leaves = Vec<Arc<state::Tensor>>;
 
 #[pymethods]
 impl TensorReader {
@@ -43,6 +50,7 @@ impl TensorReader {
             tensor,
             parameter,
             exchange: exchange.map(Exchange::of).transpose()?.flatten(),
+            last: Mutex::default(),
         })
     }
 
@@ -192,7 +200,7 @@ type Key = (usize, usize);
 
 /// Hashes addresses and lengths, which nobody chooses to be alike: a capture asks for thousands.
 #[derive(Clone, Copy, Default)]
-struct Scatter;
+pub(crate) struct Scatter;
 
 impl BuildHasher for Scatter {
     type Hasher = Scattered;
@@ -202,7 +210,7 @@ impl BuildHasher for Scatter {
     }
 }
 
-struct Scattered(u64);
+pub(crate) struct Scattered(u64);
 
 impl Hasher for Scattered {
     fn finish(&self) -> u64 {
@@ -244,6 +252,9 @@ pub(crate) struct Regions {
     held: Vec<Py<PyAny>>,
     /// Large parameters that require no gradient.
     frozen: Versions,
+    /// The leaves made so far, and those of the capture before.
+    made: Leaves,
+    before: Arc<Leaves>,
 }
 
 struct Captured {
@@ -270,8 +281,11 @@ impl Lent {
 impl Regions {
     #[new]
     fn new(reader: Py<TensorReader>) -> Self {
+        let before = Arc::clone(&lock(&reader.get().last));
         Regions {
             reader,
+            made: Vec::with_capacity(before.len()),
+            before,
             regions: Vec::new(),
             places: HashMap::default(),
             held: Vec::new(),
@@ -313,71 +327,46 @@ impl Regions {
         tensor: &Bound<'_, PyAny>,
         flags: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Option<Tensor>> {
-        let py = tensor.py();
-        let attrs = match flags {
-            None => usual_attrs(self.reader.clone_ref(py).get(), tensor)?,
+        let reader = self.reader.clone_ref(tensor.py());
+        let noted = match flags {
+            None => usual_notes(reader.get(), tensor)?,
             Some(flags) => {
                 let mut attrs = fields_from_python(flags.as_any())?;
                 attrs.sort_by(|left, right| left.0.cmp(&right.0));
-                attrs
+                Notes::These(attrs)
             }
         };
-        self.known(tensor, attrs)
+        Ok(self.known(reader.get(), tensor, noted)?.map(Tensor::of))
     }
 
     /// Return what `leaf` does without flags; None also for a tensor that holds a gradient.
     fn lone_leaf(&mut self, tensor: &Bound<'_, PyAny>) -> PyResult<Option<Tensor>> {
-        let py = tensor.py();
-        let reader = self.reader.clone_ref(py);
-        let reader = reader.get();
-        if !reader.is_known(tensor) {
-            return Ok(None);
-        }
-        let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
-        let leaf = !wanted || flag(tensor.getattr(intern!(py, "is_leaf"))?);
-        if leaf && !tensor.getattr(intern!(py, "grad"))?.is_none() {
-            return Ok(None);
-        }
-        let attrs = attrs_of(reader, tensor, leaf && wanted);
-        self.whole(reader, tensor, attrs)
+        let reader = self.reader.clone_ref(tensor.py());
+        Ok(self.lone(reader.get(), tensor)?.map(Tensor::of))
     }
 
     /// Put the leaf of each of a module's parameters into `leaves`, by name, and that of its gradient, or None, into
-    /// `gradients`; with requires_grad and nothing else noted. False, and perhaps some of them there, where one of them is
-    /// none that `leaf` takes, or has a name that is no text.
-    fn parameters<'py>(
+    /// `gradients`; with requires_grad and nothing else noted. False, and none of them there, where they are no dict, one
+    /// of them is none that `leaf` takes, or has a name that is no text.
+    fn parameters(
         &mut self,
-        parameters: &Bound<'py, PyDict>,
-        prefix: &Bound<'py, PyString>,
-        leaves: &Bound<'py, PyDict>,
-        gradients: &Bound<'py, PyDict>,
+        parameters: &Bound<'_, PyAny>,
+        prefix: &Bound<'_, PyString>,
+        leaves: &mut Entries,
+        gradients: &mut Entries,
     ) -> PyResult<bool> {
-        let py = parameters.py();
+        let Ok(parameters) = parameters.cast::<PyDict>() else {
+            return Ok(false);
+        };
+        let reader = self.reader.clone_ref(parameters.py());
+        let counts = (leaves.len(), gradients.len());
         for (key, parameter) in parameters {
-            if parameter.is_none() {
-                continue;
-            }
-            let Some(name) = key
-                .cast_exact::<PyString>()
-                .ok()
-                .and_then(|key| name(prefix, key))
-            else {
+            if !parameter.is_none()
+                && !self.parameter(reader.get(), (prefix, &key), &parameter, (leaves, gradients))?
+            {
+                leaves.truncate(counts.0);
+                gradients.truncate(counts.1);
                 return Ok(false);
-            };
-            let wanted = flag(parameter.getattr(intern!(py, "requires_grad"))?);
-            let attrs = vec![("requires_grad".to_owned(), Value::Bool(wanted))];
-            let Some(leaf) = self.known(&parameter, attrs)? else {
-                return Ok(false);
-            };
-            leaves.set_item(&name, leaf)?;
-            let gradient = parameter.getattr(intern!(py, "grad"))?;
-            if gradient.is_none() {
-                gradients.set_item(name, gradient)?;
-                continue;
-            }
-            match self.known(&gradient, Vec::new())? {
-                Some(leaf) => gradients.set_item(name, leaf)?,
-                None => return Ok(false),
             }
         }
         Ok(true)
@@ -387,31 +376,37 @@ impl Regions {
     /// with what `lone_leaf` gives for each value. `state` has it by the parameters' `id`; some may have none.
     ///
     /// Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a tensor
-    /// whose `id` is in `named` or no plain tensor at all, or has a key that is no ASCII text. How many there are where
-    /// all of them are usual.
-    fn lone_states<'py>(
+    /// that has a name or no plain tensor at all, or has a key that is no ASCII text. How many there are where all of them
+    /// are usual.
+    fn lone_states(
         &mut self,
-        names: &Bound<'py, PyList>,
-        parameters: &Bound<'py, PyList>,
+        names: &Bound<'_, PyList>,
+        parameters: &Bound<'_, PyList>,
         first: usize,
-        state: &Bound<'py, PyDict>,
-        named: &Bound<'py, PyAny>,
-        lowered: &Bound<'py, PyDict>,
+        state: &Bound<'_, PyDict>,
+        named: &Names,
+        lowered: &mut Entries,
     ) -> PyResult<usize> {
+        let reader = self.reader.clone_ref(state.py());
         for at in first..parameters.len() {
             let Some(values) = state.get_item(parameters.get_item(at)?.as_ptr() as usize)? else {
                 continue;
             };
             let leaves = match values.cast_exact::<PyDict>() {
-                Ok(values) => self.lone_leaves(values, named)?,
+                Ok(values) => self.lone_leaves(reader.get(), values, named)?,
                 Err(_) => None,
             };
             match leaves {
-                Some(leaves) => lowered.set_item(names.get_item(at)?, leaves)?,
+                Some(leaves) => lowered.push(from_python(&names.get_item(at)?)?, leaves),
                 None => return Ok(at),
             }
         }
         Ok(parameters.len())
+    }
+
+    /// Take note that all leaves were made.
+    fn settled(&mut self) {
+        *lock(&self.reader.get().last) = Arc::new(std::mem::take(&mut self.made));
     }
 
     /// Return the version counters of the large parameters that require no gradient, once.
@@ -460,40 +455,97 @@ impl Regions {
         u32::try_from(self.regions.len() - 1).expect("fewer storages than there are numbers")
     }
 
-    /// What `lone_leaf` gives for each value, by its key. None where it gives None for one, where one is a tensor whose
-    /// `id` is in `named` or no plain tensor at all, or its key is no ASCII text.
-    fn lone_leaves<'py>(
+    /// Puts the leaf of a parameter and that of its gradient, or None, there; false where one of them is unusual.
+    fn parameter(
         &mut self,
-        values: &Bound<'py, PyDict>,
-        named: &Bound<'py, PyAny>,
-    ) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let leaves = PyDict::new(values.py());
+        reader: &TensorReader,
+        (prefix, key): (&Bound<'_, PyString>, &Bound<'_, PyAny>),
+        parameter: &Bound<'_, PyAny>,
+        (leaves, gradients): (&mut Entries, &mut Entries),
+    ) -> PyResult<bool> {
+        let py = key.py();
+        let (Ok(prefix), Ok(key)) = (prefix.to_str(), key.cast_exact::<PyString>()) else {
+            return Ok(false);
+        };
+        let Ok(key) = key.to_str() else {
+            return Ok(false);
+        };
+        let noted = Notes::Usual {
+            class: None,
+            requires_grad: Some(flag(parameter.getattr(intern!(py, "requires_grad"))?)),
+        };
+        let Some(leaf) = self.known(reader, parameter, noted)? else {
+            return Ok(false);
+        };
+        let gradient = parameter.getattr(intern!(py, "grad"))?;
+        let gradient = if gradient.is_none() {
+            Value::None
+        } else {
+            match self.known(reader, &gradient, Notes::NOTHING)? {
+                Some(leaf) => Value::Tensor(leaf),
+                None => return Ok(false),
+            }
+        };
+        let name = Value::Str([prefix, key].concat());
+        leaves.push(name.clone(), Value::Tensor(leaf));
+        gradients.push(name, gradient);
+        Ok(true)
+    }
+
+    /// A dict with what `lone_leaf` gives for each value, by its key. None where it gives None for one, where one is a
+    /// tensor that has a name or no plain tensor at all, or its key is no ASCII text.
+    fn lone_leaves(
+        &mut self,
+        reader: &TensorReader,
+        values: &Bound<'_, PyDict>,
+        named: &Names,
+    ) -> PyResult<Option<Value>> {
+        let mut leaves = Vec::with_capacity(values.len());
         for (key, value) in values {
-            let usual_key = key
-                .cast_exact::<PyString>()
-                .is_ok_and(|key| key.to_str().is_ok_and(str::is_ascii));
-            if !usual_key
-                || !value.get_type().is(&self.reader.get().tensor)
-                || named.contains(value.as_ptr() as usize)?
-            {
+            let key = match key.cast_exact::<PyString>().map(|key| key.to_str()) {
+                Ok(Ok(key)) if key.is_ascii() => key,
+                _ => return Ok(None),
+            };
+            if !value.get_type().is(&reader.tensor) || named.has(&value) {
                 return Ok(None);
             }
-            match self.lone_leaf(&value)? {
-                Some(leaf) => leaves.set_item(key, leaf)?,
+            match self.lone(reader, &value)? {
+                Some(leaf) => leaves.push((Value::Str(key.to_owned()), Value::Tensor(leaf))),
                 None => return Ok(None),
             }
         }
-        Ok(Some(leaves))
+        Ok(Some(Value::Dict(leaves)))
     }
 
-    fn known(&mut self, tensor: &Bound<'_, PyAny>, attrs: Vec<(String, Value)>) -> PyResult<Option<Tensor>> {
-        let reader = self.reader.clone_ref(tensor.py());
-        if !reader.get().is_known(tensor) {
+    fn lone(
+        &mut self,
+        reader: &TensorReader,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Arc<state::Tensor>>> {
+        let py = tensor.py();
+        if !reader.is_known(tensor) {
             return Ok(None);
         }
-        let leaf = self.whole(reader.get(), tensor, attrs)?;
-        if let Some(Tensor { leaf, .. }) = &leaf
-            && reader.get().is_parameter(tensor) // A buffer may be written to in any forward.
+        let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
+        let leaf = !wanted || flag(tensor.getattr(intern!(py, "is_leaf"))?);
+        if leaf && !tensor.getattr(intern!(py, "grad"))?.is_none() {
+            return Ok(None);
+        }
+        self.whole(reader, tensor, notes_of(reader, tensor, leaf && wanted))
+    }
+
+    fn known(
+        &mut self,
+        reader: &TensorReader,
+        tensor: &Bound<'_, PyAny>,
+        noted: Notes,
+    ) -> PyResult<Option<Arc<state::Tensor>>> {
+        if !reader.is_known(tensor) {
+            return Ok(None);
+        }
+        let leaf = self.whole(reader, tensor, noted)?;
+        if let Some(leaf) = &leaf
+            && reader.is_parameter(tensor) // A buffer may be written to in any forward.
             && is_frozen(leaf)
         {
             let region = &self.regions[leaf.storage as usize];
@@ -509,8 +561,8 @@ impl Regions {
         &mut self,
         reader: &TensorReader,
         tensor: &Bound<'_, PyAny>,
-        attrs: Vec<(String, Value)>,
-    ) -> PyResult<Option<Tensor>> {
+        noted: Notes,
+    ) -> PyResult<Option<Arc<state::Tensor>>> {
         let py = tensor.py();
         let Some(view) = reader.view(tensor) else {
             return Ok(None);
@@ -536,49 +588,121 @@ impl Regions {
                 index
             }
         };
-        Ok(Some(Tensor::of(state::Tensor {
-            dtype: view.dtype.to_owned(),
-            shape: view.shape.iter().map(|&extent| extent as u64).collect(),
-            strides: view.strides.to_vec(),
-            offset: 0,
-            storage: index,
-            device: "cpu".to_owned(),
-            attrs,
-        })))
+        Ok(Some(self.leaf_of(&view, index, noted)))
     }
+
+    /// The leaf of a tensor that is all of a storage: the one of the last capture if that was the same.
+    fn leaf_of(&mut self, view: &View, storage: u32, noted: Notes) -> Arc<state::Tensor> {
+        let before = self.before.get(self.made.len());
+        let leaf = match before.filter(|before| is_leaf_of(before, view, storage, &noted)) {
+            Some(before) => Arc::clone(before),
+            None => Arc::new(state::Tensor {
+                dtype: view.dtype.to_owned(),
+                shape: view.shape.iter().map(|&extent| extent as u64).collect(),
+                strides: view.strides.to_vec(),
+                offset: 0,
+                storage,
+                device: CPU.to_owned(),
+                attrs: noted.into_attrs(),
+            }),
+        };
+        self.made.push(Arc::clone(&leaf));
+        leaf
+    }
+}
+
+const CPU: &str = "cpu";
+
+/// Whether a leaf is that of a tensor that is all of a storage.
+fn is_leaf_of(leaf: &state::Tensor, view: &View, storage: u32, noted: &Notes) -> bool {
+    leaf.storage == storage
+        && leaf.dtype == view.dtype
+        && leaf
+            .shape
+            .iter()
+            .copied()
+            .eq(view.shape.iter().map(|&extent| extent as u64))
+        && leaf.strides == view.strides
+        && leaf.offset == 0
+        && leaf.device == CPU
+        && noted.are(&leaf.attrs)
 }
 
 /// Whether a parameter's leaf says that it requires no gradient, and is its storage's bytes in order.
 fn is_frozen(leaf: &state::Tensor) -> bool {
-    let noted = |(name, value): &(String, Value)| name == "requires_grad" && *value == Value::Bool(false);
+    let noted = |(name, value): &(String, Value)| name == REQUIRES_GRAD && *value == Value::Bool(false);
     leaf.attrs.iter().any(noted) && contiguous(leaf)
 }
 
-/// A parameter's name; None where a part of it is no text.
-fn name<'py>(prefix: &Bound<'py, PyString>, key: &Bound<'py, PyString>) -> Option<Bound<'py, PyString>> {
-    let (before, last) = (prefix.to_str().ok()?, key.to_str().ok()?);
-    if before.is_empty() {
-        return Some(key.clone());
-    }
-    Some(PyString::new(key.py(), &[before, last].concat()))
+/// What is noted of a tensor beside what it is.
+enum Notes<'a> {
+    Usual {
+        class: Option<&'a str>,
+        requires_grad: Option<bool>,
+    },
+    /// Sorted by name.
+    These(Vec<(String, Value)>),
 }
 
-fn usual_attrs(reader: &TensorReader, tensor: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Value)>> {
+const CLASS: &str = "class";
+const REQUIRES_GRAD: &str = "requires_grad";
+
+impl Notes<'_> {
+    const NOTHING: Notes<'static> = Notes::Usual {
+        class: None,
+        requires_grad: None,
+    };
+
+    /// Whether they are these attributes.
+    fn are(&self, attrs: &[(String, Value)]) -> bool {
+        match self {
+            Notes::These(those) => those == attrs,
+            Notes::Usual { class, requires_grad } => {
+                let mut left = attrs.iter();
+                let mut has = |noted: bool, name: &str, is_it: &dyn Fn(&Value) -> bool| {
+                    !noted
+                        || left
+                            .next()
+                            .is_some_and(|(other, value)| other == name && is_it(value))
+                };
+                let same_class = |value: &Value| matches!(value, Value::Str(text) if Some(&**text) == *class);
+                let same_flag =
+                    |value: &Value| matches!(value, Value::Bool(flag) if Some(*flag) == *requires_grad);
+                has(class.is_some(), CLASS, &same_class)
+                    && has(requires_grad.is_some(), REQUIRES_GRAD, &same_flag)
+                    && left.next().is_none()
+            }
+        }
+    }
+
+    fn into_attrs(self) -> Vec<(String, Value)> {
+        match self {
+            Notes::These(attrs) => attrs,
+            Notes::Usual { class, requires_grad } => {
+                let class = class.map(|class| (CLASS.to_owned(), Value::Str(class.to_owned())));
+                let requires_grad = requires_grad.map(|flag| (REQUIRES_GRAD.to_owned(), Value::Bool(flag)));
+                class.into_iter().chain(requires_grad).collect()
+            }
+        }
+    }
+}
+
+fn usual_notes<'r>(reader: &'r TensorReader, tensor: &Bound<'_, PyAny>) -> PyResult<Notes<'r>> {
     let py = tensor.py();
     let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
     let leaf = wanted && flag(tensor.getattr(intern!(py, "is_leaf"))?);
-    Ok(attrs_of(reader, tensor, leaf))
+    Ok(notes_of(reader, tensor, leaf))
 }
 
-fn attrs_of(reader: &TensorReader, tensor: &Bound<'_, PyAny>, requires_grad: bool) -> Vec<(String, Value)> {
-    let mut attrs = Vec::new();
-    if reader.is_parameter(tensor) {
-        attrs.push(("class".to_owned(), Value::Str(reader.parameter.1.clone())));
+fn notes_of<'r>(reader: &'r TensorReader, tensor: &Bound<'_, PyAny>, requires_grad: bool) -> Notes<'r> {
+    Notes::Usual {
+        class: reader.is_parameter(tensor).then_some(&*reader.parameter.1),
+        requires_grad: requires_grad.then_some(true),
     }
-    if requires_grad {
-        attrs.push(("requires_grad".to_owned(), Value::Bool(true)));
-    }
-    attrs
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn flag(value: Bound<'_, PyAny>) -> bool {

@@ -2,6 +2,8 @@
 //!
 //! Touches: Python objects, read only. A value is walked once; what cannot be held is refused with the path to it.
 
+use std::sync::Arc;
+
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{
@@ -11,6 +13,7 @@ use pyo3::types::{
 use unbroken::Value;
 use unbroken::format::value::{MAX_DEPTH, encode};
 
+use crate::entries::Entries;
 use crate::error;
 use crate::leaf::{Object, Tensor};
 
@@ -141,7 +144,7 @@ fn lower(value: &Bound<'_, PyAny>, outer: usize) -> Result<Value, Refused> {
     }
     if let Ok(tensor) = value.cast_exact::<Tensor>() {
         let tensor = tensor.get();
-        return within_depth(value, outer + tensor.depth).map(|()| Value::Tensor(tensor.leaf.clone()));
+        return within_depth(value, outer + tensor.depth).map(|()| Value::Tensor(Arc::clone(&tensor.leaf)));
     }
     if value.is_none() {
         return Ok(Value::None);
@@ -158,6 +161,10 @@ fn lower(value: &Bound<'_, PyAny>, outer: usize) -> Result<Value, Refused> {
     if let Ok(object) = value.cast_exact::<Object>() {
         let object = object.get();
         return within_depth(value, outer + object.depth).map(|()| object.value.clone());
+    }
+    if let Ok(entries) = value.cast_exact::<Entries>() {
+        let entries = entries.borrow();
+        return within_depth(value, outer + entries.depth()).map(|()| entries.to_value());
     }
     if let Ok(dict) = value.cast_exact::<PyDict>() {
         return lower_dict(dict, outer + 1);
@@ -315,8 +322,8 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
             told_apart(py, set.len(), members.len())?;
             set.into_any()
         }
-        Value::Object { .. } => Object::of(value.clone()).into_bound_py_any(py)?,
-        Value::Tensor(leaf) => Tensor::of(leaf.clone()).into_bound_py_any(py)?,
+        Value::Object(_) => Object::of(value.clone()).into_bound_py_any(py)?,
+        Value::Tensor(leaf) => Tensor::of(Arc::clone(leaf)).into_bound_py_any(py)?,
     })
 }
 

@@ -89,8 +89,8 @@ fn parts(value: &Value, at_top: bool) -> Vec<(Cow<'_, str>, &Value)> {
             let kept = items.iter().filter(|(key, _)| kept(key));
             kept.map(|(key, item)| (key_text(key), item)).collect()
         }
-        Value::Object { fields, .. } => {
-            let fields = fields.iter();
+        Value::Object(object) => {
+            let fields = object.fields.iter();
             fields
                 .map(|(name, item)| (Cow::Borrowed(name.as_str()), item))
                 .collect()
@@ -197,7 +197,7 @@ fn branches(value: &Value) -> bool {
     match value {
         Value::Tensor(_) => true,
         Value::Dict(items) => !items.is_empty(),
-        Value::Object { fields, .. } => !fields.is_empty(),
+        Value::Object(object) => !object.fields.is_empty(),
         Value::List(items) | Value::Tuple(items) => items.iter().any(branches),
         _ => false,
     }
@@ -206,7 +206,7 @@ fn branches(value: &Value) -> bool {
 fn what(value: &Value) -> String {
     match value {
         Value::Tensor(tensor) => tensor_words(tensor),
-        Value::Object { kind, name, .. } => format!("{kind} {name}"),
+        Value::Object(object) => format!("{} {}", object.kind, object.name),
         other => kind(other).to_owned(),
     }
 }
@@ -261,7 +261,7 @@ fn kind(value: &Value) -> &'static str {
         Value::Dict(_) => "dict",
         Value::Set(_) => "set",
         Value::FrozenSet(_) => "frozen set",
-        Value::Object { .. } => "object",
+        Value::Object(_) => "object",
         Value::Tensor(_) => "tensor",
     }
 }

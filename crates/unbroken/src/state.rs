@@ -4,6 +4,7 @@
 //! by index, so that tied weights and views are stored once and come back tied.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// Top-level entry of a checkpoint's tree for what a resume puts back though nothing has used it yet, such as a
 /// generator that nobody seeded and nobody draws from: two runs may differ in it and be equal.
@@ -44,16 +45,21 @@ pub enum Value {
     /// An immutable set, canonical like `Set`.
     FrozenSet(Vec<Value>),
     /// A typed value that the core does not interpret: a front lowers and raises it (dataclass, enum, deque, path).
-    Object {
-        /// What sort of thing it is, such as `dataclass`.
-        kind: String,
-        /// Its type's name, such as `__main__.Score`.
-        name: String,
-        /// Its parts, in order.
-        fields: Vec<(String, Value)>,
-    },
-    /// A view of a storage.
-    Tensor(Tensor),
+    Object(Box<Object>),
+    /// A view of a storage. Shared: thousands of them are the same from one state to the next.
+    Tensor(Arc<Tensor>),
+}
+
+impl From<Object> for Value {
+    fn from(object: Object) -> Value {
+        Value::Object(Box::new(object))
+    }
+}
+
+impl From<Tensor> for Value {
+    fn from(tensor: Tensor) -> Value {
+        Value::Tensor(Arc::new(tensor))
+    }
 }
 
 impl Value {
@@ -96,6 +102,17 @@ impl Value {
             .find(|(name, _)| matches!(name, Value::Str(name) if name == key))
             .map(|(_, value)| value)
     }
+}
+
+/// A typed value that only a front can make something of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// What sort of thing it is, such as `dataclass`.
+    pub kind: String,
+    /// Its type's name, such as `__main__.Score`.
+    pub name: String,
+    /// Its parts, in order.
+    pub fields: Vec<(String, Value)>,
 }
 
 /// A leaf that views the bytes of one storage.

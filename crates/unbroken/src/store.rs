@@ -650,8 +650,8 @@ fn descend<'t>(value: &'t Value, path: &mut String, depth: usize, visit: &mut dy
                 below(&key_text(key), item, path, depth, visit);
             }
         }
-        Value::Object { fields, .. } => {
-            for (name, item) in fields {
+        Value::Object(object) => {
+            for (name, item) in &object.fields {
                 below(name, item, path, depth, visit);
             }
         }

@@ -7,12 +7,13 @@ mod world;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use unbroken::error::Error;
 use unbroken::fork::{FORKED, Sharing, fork};
 use unbroken::format::saved::Outline;
 use unbroken::run::{self, Options, Run};
-use unbroken::state::Value;
+use unbroken::state::{Tensor, Value};
 use unbroken::store::{Checkpoint, Commit, Retention};
 use world::{assert_exact, commit_at, components, leaf, train};
 
@@ -125,12 +126,16 @@ fn the_journal_of_a_fork_tells_where_it_came_from_and_what_was_before() {
 
 /// A state with a view that is not its storage's bytes in order: its content is not told by the manifest.
 fn commit_transposed(run: &Run, step: u64) {
-    let Value::Tensor(mut tensor) = leaf(0, 6) else {
+    let Value::Tensor(tensor) = leaf(0, 6) else {
         panic!("a leaf is a tensor");
     };
-    (tensor.shape, tensor.strides) = (vec![3, 2], vec![1, 3]);
+    let transposed = Tensor {
+        shape: vec![3, 2],
+        strides: vec![1, 3],
+        ..Arc::unwrap_or_clone(tensor)
+    };
     let tree = Value::Dict(vec![
-        (Value::Str("t".to_owned()), Value::Tensor(tensor)),
+        (Value::Str("t".to_owned()), Value::from(transposed)),
         (Value::Str("w".to_owned()), leaf(1, 2)),
     ]);
     let (first, second) = ((0..24).collect::<Vec<u8>>(), [9; 8]);

@@ -17,7 +17,7 @@ use unbroken::format::manifest::{
 use unbroken::format::pack::{self, PackTensor};
 use unbroken::format::saved::{self, Content, Node, Outline, SAVED, Saved};
 use unbroken::journal::Story;
-use unbroken::state::{Tensor, Value};
+use unbroken::state::{Object, Tensor, Value};
 use unbroken::storage::memory::MemoryStorage;
 use unbroken::storage::{Directory, Storage};
 use unbroken::store::Checkpoint;
@@ -192,7 +192,7 @@ fn manifest() -> Manifest {
     let view = |dtype: &str, shape: &[u64], strides: &[i64], storage: u32| {
         let attrs = vec![("requires_grad".into(), Value::Bool(true))];
         let (shape, strides) = (shape.to_vec(), strides.to_vec());
-        Value::Tensor(Tensor {
+        Value::from(Tensor {
             dtype: dtype.into(),
             shape,
             strides,
@@ -216,11 +216,11 @@ fn manifest() -> Manifest {
             (Value::Int(2), Value::Bool(false)),
             (text("1"), Value::None),
         ]),
-        Value::Object {
+        Value::from(Object {
             kind: "enum".into(),
             name: "app.Mode".into(),
             fields: vec![("name".into(), text("FAST"))],
-        },
+        }),
     ]);
     let tree = vec![
         (text("generator"), view("uint8", &[5], &[1], 0)),
@@ -386,7 +386,7 @@ fn manifest_in_pieces() -> Manifest {
         length: bytes.len() as u64,
         header_digest: layout.header_digest,
     };
-    let view = Value::Tensor(Tensor {
+    let view = Value::from(Tensor {
         dtype: "uint8".into(),
         shape: vec![8202],
         strides: vec![1],
@@ -476,7 +476,7 @@ fn coded_manifest() -> Manifest {
         width: 4,
         layers: layers.collect(),
     });
-    let view = Value::Tensor(Tensor {
+    let view = Value::from(Tensor {
         dtype: "float32".into(),
         shape: vec![3000],
         strides: vec![1],

@@ -11,7 +11,7 @@ use unbroken::state::{Tensor, Value};
 
 fn tensor(dtype: &str, shape: &[u64], strides: &[i64], offset: u64, storage: u32) -> Value {
     let (shape, strides) = (shape.to_vec(), strides.to_vec());
-    Value::Tensor(Tensor {
+    Value::from(Tensor {
         dtype: dtype.into(),
         shape,
         strides,

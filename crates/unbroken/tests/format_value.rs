@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use unbroken::digest::{hex, unhex};
 use unbroken::format::Flaw;
 use unbroken::format::value::{MAX_DEPTH, decode, digest_value, encode};
-use unbroken::state::{Tensor, Value};
+use unbroken::state::{Object, Tensor, Value};
 
 fn text(text: &str) -> Value {
     Value::Str(text.to_owned())
@@ -43,7 +43,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         any::<String>().prop_map(Value::Str),
         prop::collection::vec(any::<u8>(), 0..40).prop_map(Value::Bytes),
         any::<(u64, u32, i64)>().prop_map(|(size, storage, stride)| {
-            Value::Tensor(Tensor {
+            Value::from(Tensor {
                 shape: vec![size, 1],
                 strides: vec![stride, -1],
                 storage,
@@ -66,13 +66,13 @@ fn any_value() -> impl Strategy<Value = Value> {
             pairs.prop_map(|pairs| Value::Dict(distinct(pairs))),
             (any::<String>(), named.clone()).prop_map(|(name, mut fields)| {
                 fields.reverse(); // The order of fields is kept, whichever it is.
-                Value::Object {
+                Value::from(Object {
                     kind: "dataclass".into(),
                     name,
                     fields,
-                }
+                })
             }),
-            named.prop_map(|attrs| Value::Tensor(Tensor { attrs, ..tensor() })),
+            named.prop_map(|attrs| Value::from(Tensor { attrs, ..tensor() })),
         ]
     })
 }
@@ -163,15 +163,15 @@ fn the_bytes_are_those_of_the_specification() {
             "a261620100f6",
         ),
         (
-            Value::Object {
+            Value::from(Object {
                 kind: "enum".into(),
                 name: "T".into(),
                 fields: vec![("name".into(), text("A"))],
-            },
+            }),
             "da554e42058364656e756d6154a1646e616d656141",
         ),
         (
-            Value::Tensor(tensor()),
+            Value::from(tensor()),
             "da554e42068767666c6f61743332820203820301000766637564613a30a26467726164f66d72657175697265735f67726164f5",
         ),
     ];
@@ -238,11 +238,11 @@ fn what_breaks_a_rule_is_not_written() {
     let flaw = encode(&Value::Dict(twice())).unwrap_err();
     assert!(flaw.to_string().contains("\"lr\" twice"), "{flaw}");
     let field = ("a".to_owned(), Value::None);
-    let object = Value::Object {
+    let object = Value::from(Object {
         kind: String::new(),
         name: String::new(),
         fields: vec![field.clone(), field],
-    };
+    });
     assert!(encode(&object).is_err());
     assert!(encode(&Value::Set(vec![Value::None, Value::None])).is_err());
     assert!(
@@ -260,14 +260,14 @@ fn what_breaks_a_rule_is_not_written() {
         .is_err()
     );
     assert!(
-        encode(&Value::Tensor(Tensor {
+        encode(&Value::from(Tensor {
             strides: vec![1],
             ..tensor()
         }))
         .is_err()
     );
     assert!(
-        encode(&Value::Tensor(Tensor {
+        encode(&Value::from(Tensor {
             dtype: "x".repeat(300),
             ..tensor()
         }))
@@ -283,9 +283,9 @@ fn sets_and_attributes_are_written_in_their_canonical_order() {
         Value::Set(vec![text("a"), text("b")])
     );
     let attrs = tensor().attrs.into_iter().rev().collect();
-    let backwards = Value::Tensor(Tensor { attrs, ..tensor() });
+    let backwards = Value::from(Tensor { attrs, ..tensor() });
     assert_eq!(
         decode(&encode(&backwards).unwrap()).unwrap(),
-        Value::Tensor(tensor())
+        Value::from(tensor())
     );
 }

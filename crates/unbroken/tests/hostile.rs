@@ -255,7 +255,7 @@ fn a_value_that_would_take_more_memory_than_its_budget_is_refused_before_it_does
     // Sixteen million lists of nothing in sixteen megabytes; tensors of 64 dimensions; more values than bytes.
     let head = |sort: u8, count: u32| [vec![sort << 5 | 0x1a], count.to_be_bytes().to_vec()].concat();
     let count: u32 = (1 << 24) - 2;
-    let wide = Value::Tensor(Tensor {
+    let wide = Value::from(Tensor {
         dtype: "x".to_owned(),
         shape: vec![1; 64],
         strides: vec![1; 64],

@@ -5,6 +5,7 @@
 mod world;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use unbroken::cause::{Change, Leaf};
 use unbroken::error::Error;
@@ -25,7 +26,7 @@ fn dict(items: Vec<(&str, Value)>) -> Value {
 }
 
 fn view(shape: &[u64], strides: &[i64], offset: u64, storage: u32) -> Value {
-    Value::Tensor(Tensor {
+    Value::from(Tensor {
         dtype: "float32".to_owned(),
         shape: shape.to_vec(),
         strides: strides.to_vec(),
@@ -464,7 +465,7 @@ fn a_state_whose_form_changes_between_saves_is_told_and_packed_as_it_is_each_tim
         if let Value::Dict(items) = &mut tree
             && let Value::Tensor(tensor) = &mut items[0].1
         {
-            tensor.attrs = vec![(attr.to_owned(), Value::Bool(true))];
+            Arc::make_mut(tensor).attrs = vec![(attr.to_owned(), Value::Bool(true))];
         }
         tree
     };

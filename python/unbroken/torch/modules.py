@@ -15,13 +15,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from unbroken import values
-from unbroken._core import Object
+from unbroken._core import Entries, Object
 from unbroken._core import Tensor as Leaf
 from unbroken.torch import tensors
-from unbroken.torch.objects import MISSING, Capture, Names, Restorer, dotted
+from unbroken.torch.objects import MISSING, Capture, Restorer, dotted
 
 if TYPE_CHECKING:
-    from unbroken._core import Value
+    from unbroken._core import Names, Value
 
 MACHINERY = frozenset(vars(torch.nn.Module())) | {
     "_compiled_call_impl",
@@ -98,8 +98,7 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
     Raises:
         UnsupportedState: An attribute cannot be saved; its path says whose.
     """
-    parameters: dict[str, Value] = {}
-    gradients: dict[str, Value] = {}
+    parameters, gradients = Entries(), Entries()
     buffers: dict[str, Value] = {}
     parts: dict[str, Value] = {}
     lower = capture.storages.lower
@@ -130,7 +129,7 @@ def _lower_parameters(
     part: torch.nn.Module,
     path: str,
     prefix: str,
-    lowered: tuple[dict[str, Value], dict[str, Value]],
+    lowered: tuple[Entries, Entries],
 ) -> None:
     """Lower a module's own parameters and their gradients, whatever they are."""
     parameters, gradients = lowered
@@ -254,7 +253,7 @@ def _plan_buffers(
 def _plan_buffer(
     restorer: Restorer, part: torch.nn.Module, key: str, value: Value, path: str
 ) -> Callable[[], None]:
-    live: Any = part._buffers.get(key, MISSING)
+    live: Any = part._buffers[key] if key in part._buffers else MISSING  # noqa: SIM401 scripted modules have no dict
     if isinstance(value, Object) and value.kind == "uninitialized":
         if not is_lazy(live):
             restorer.differs(

@@ -18,7 +18,7 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copyreg import _slotnames  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from unbroken.torch import rng, tensors
 from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
-    from unbroken._core import Value
+    from unbroken._core import Entries, Names, Value
 
 Maker = Callable[[], Any]
 """Does what was planned and returns the value for its place: the live object, brought up to date, or another."""
@@ -107,53 +107,6 @@ def code_name(value: object) -> str:
     return f"{module}.{name}" if isinstance(name, str) and isinstance(module, str) else ""
 
 
-class Names:
-    """Names of the live objects that others refer to: parameters and buffers, modules, and whatever is tracked."""
-
-    def __init__(self) -> None:
-        self._names: dict[int, tuple[str, str]] = {}
-        self._objects: dict[tuple[str, str], Any] = {}
-
-    def add(self, kind: str, name: str, item: object) -> None:
-        """Name an object; the first name that it gets is its name, and all of them find it."""
-        entry = (kind, name)
-        self._names.setdefault(id(item), entry)
-        self._objects.setdefault(entry, item)
-
-    def add_members(self, kind: str, prefix: str, members: Mapping[str, object]) -> None:
-        """Add objects, None left out, under their names behind a prefix. A model has thousands of parameters."""
-        name_once, find_once = self._names.setdefault, self._objects.setdefault
-        for key, item in members.items():
-            if item is not None:
-                entry = (kind, f"{prefix}{key}")
-                name_once(id(item), entry)
-                find_once(entry, item)
-
-    def name(self, item: object, kind: str) -> str | None:
-        """Return an object's name, or None."""
-        found = self._names.get(id(item))
-        return found[1] if found is not None and found[0] == kind else None
-
-    def names(self, items: Iterable[object], kind: str) -> list[str | None]:
-        """Return each object's name, or None."""
-        entries = map(self._names.get, map(id, items))
-        return [entry[1] if entry is not None and entry[0] == kind else None for entry in entries]
-
-    @property
-    def identities(self) -> Collection[int]:
-        """Return `id` of each object that has a name, those named from now on included."""
-        return self._names.keys()
-
-    def reference(self, item: object) -> Object | None:
-        """Return what stands for a named object in a tree, or None."""
-        found = self._names.get(id(item))
-        return None if found is None else Object("reference", found[0], {"to": found[1]})
-
-    def find(self, kind: str, name: str) -> Any:
-        """Return the object of that name, or `MISSING`."""
-        return self._objects.get((kind, name), MISSING)
-
-
 def attributes_of(item: object, skip: Iterable[str] = ()) -> dict[str, Any]:
     """Return an object's own attributes, those in slots included."""
     skipped = {*skip, *getattr(type(item), SKIP_ATTRIBUTE, ())}
@@ -190,8 +143,7 @@ class Capture:
     def __init__(self, names: Names, storages: Storages) -> None:
         self.names = names
         self.storages = storages
-        # Bound once, for what is asked of thousands of tensors.
-        self._named, self._usual_alone = names.identities, storages.usual_alone
+        self._usual_alone = storages.usual_alone  # Bound once: it is asked of many.
         self._seen: dict[int, tuple[str, Any]] = {}
 
     def lower(self, value: Any, path: str) -> Value:
@@ -206,7 +158,7 @@ class Capture:
 
     def usual(self, value: torch.Tensor) -> Leaf | None:
         """Return what `lower` gives for a tensor that nobody else has and that is all of its storage; else None."""
-        return None if id(value) in self._named else self._usual_alone(value)
+        return None if self.names.name_of_id(id(value)) is not None else self._usual_alone(value)
 
     def usual_states(
         self,
@@ -214,10 +166,10 @@ class Capture:
         parameters: list[torch.Tensor],
         first: int,
         state: dict[int, Any],
-        lowered: dict[Any, Value],
+        lowered: Entries,
     ) -> int:
         """Lower what an optimizer has for its parameters, as far as it is usual: see `Storages.usual_states`."""
-        return self.storages.usual_states(names, parameters, first, state, self._named, lowered)
+        return self.storages.usual_states(names, parameters, first, state, self.names, lowered)
 
     def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
         """Return an object's attributes lowered, by name; code is noted as such."""
@@ -314,7 +266,7 @@ class Capture:
         """Return what a scaler knows of each optimizer between `unscale_` and `update`, by the optimizers' names."""
         entries: dict[str, Value] = {}
         for key, state in states.items():
-            name = self.names._names.get(key, (None, None))[1]
+            name = self.names.name_of_id(key)
             if name is None:
                 raise UnsupportedState(
                     path,
@@ -581,7 +533,7 @@ class Restorer:
         return lambda: live
 
     def _reference(self, live: Any, value: Object, path: str) -> Maker:
-        target = self.names.find(value.name, value.fields["to"])
+        target = self.names.find(value.name, value.fields["to"], MISSING)
         if target is MISSING:
             self.differs(dotted(path), f"the {value.name} `{value.fields['to']}`", "absent")
         return lambda: target
@@ -716,7 +668,7 @@ class Restorer:
         states = value.fields["states"]
         entries: list[tuple[Any, dict[str, Any]]] = []
         for name, state in states.items():
-            optimizer = self.names.find("object", name)
+            optimizer = self.names.find("object", name, MISSING)
             if optimizer is MISSING:
                 self.differs(dotted(path), f"the optimizer `{name}`", "absent")
                 continue

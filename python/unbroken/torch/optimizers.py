@@ -13,11 +13,12 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from unbroken import values
+from unbroken._core import Entries
 from unbroken.torch import tensors
-from unbroken.torch.objects import MISSING, Capture, Names, Restorer, dotted
+from unbroken.torch.objects import MISSING, Capture, Restorer, dotted
 
 if TYPE_CHECKING:
-    from unbroken._core import Value
+    from unbroken._core import Names, Value
 
 MACHINERY = frozenset(
     {
@@ -77,7 +78,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
     """Return an optimizer's tree: `groups` with parameter names and options, `state` by parameter name."""
     names = parameter_names(optimizer, capture.names)
     groups: list[Value] = []
-    state: dict[str, Value] = {}
+    state = Entries()
     others: dict[Value, Value] = {}
     # By identity, as their hash is too: asking a dict of tensors runs torch's `__hash__`, in Python.
     parts = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))
@@ -90,8 +91,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
         }
         # Where `params` stands among the keys is the order of a dict that training can see.
         groups.append({"params": names[at], "options": options, "order": list(group)})
-        known.update(map(id, group["params"]))
-        _lower_states(capture, (names[at], list(group["params"])), parts, path, state)
+        _lower_states(capture, _unknown(names[at], group["params"], known), parts, path, state)
     for key, value in optimizer.state.items():
         if id(key) in known:
             continue
@@ -115,12 +115,28 @@ def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> dict
     return capture.attributes(optimizer, path, MACHINERY)
 
 
+def _unknown(
+    names: list[str], parameters: list[torch.Tensor], known: set[int]
+) -> tuple[list[str], list[torch.Tensor]]:
+    """Return names and parameters that are not known, and note that they are. torch lets one be in a group twice."""
+    ids = set(map(id, parameters))
+    if len(ids) == len(parameters) and known.isdisjoint(ids):
+        known |= ids
+        return names, list(parameters)
+    unknown: list[tuple[str, torch.Tensor]] = []
+    for name, parameter in zip(names, parameters, strict=True):
+        if id(parameter) not in known:
+            known.add(id(parameter))
+            unknown.append((name, parameter))
+    return [name for name, _ in unknown], [parameter for _, parameter in unknown]
+
+
 def _lower_states(
     capture: Capture,
     group: tuple[list[str], list[torch.Tensor]],
     state: dict[int, Any],
     path: str,
-    lowered: dict[str, Value],
+    lowered: Entries,
 ) -> None:
     """Lower what there is for each parameter of a group, in their order. Nearly all are tensors under plain names."""
     names, parameters = group
@@ -202,7 +218,7 @@ def _name_difference(restorer: Restorer, name: str, recorded: list[str], live: l
 
 
 def _find_parameter(restorer: Restorer, key: str, name: str) -> Any:
-    found = restorer.names.find("tensor", key)
+    found = restorer.names.find("tensor", key, MISSING)
     if found is MISSING:
         restorer.differs(name, key, "absent")
     return found
@@ -251,7 +267,7 @@ def _plan_state(
     for key, value in tree["state"].items():
         parameter = parameters.get(key, MISSING)
         if parameter is MISSING:
-            parameter = restorer.names.find("tensor", key)
+            parameter = restorer.names.find("tensor", key, MISSING)
         if parameter is MISSING:
             restorer.differs(f"{dotted(path)}.state", key, "absent")
             continue

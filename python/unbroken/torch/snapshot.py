@@ -17,11 +17,11 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from unbroken import _core, values
-from unbroken._core import Object
+from unbroken._core import Names, Object
 from unbroken._core import Tensor as Leaf
 from unbroken.errors import MismatchError, UnsupportedState
 from unbroken.torch import modules, optimizers, rng, schedulers, tensors
-from unbroken.torch.objects import Capture, Names, Restorer
+from unbroken.torch.objects import Capture, Restorer
 from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def capture(
     with tensors.uncollected():
         while True:
             found = _capture(objects, values or {}, storages)
-            if storages.settled:
+            if storages.settled():
                 return found
             storages = Storages(own_copies=own_copies, whole=storages.whole)
 

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from unbroken._core import Tensor as Leaf
 from unbroken.errors import FormatError, UnsupportedState
 
 if TYPE_CHECKING:
-    from unbroken._core import Checkpoint, Value
+    from unbroken._core import Checkpoint, Entries, Names, Value
 
 ALIGNMENT_BYTES = 64
 """What torch's own allocator gives on the CPU. Addresses below 16 bytes of alignment change results."""
@@ -134,15 +134,15 @@ class Storages:
 
     def usual_parameters(
         self,
-        parameters: dict[str, Any],
+        parameters: Mapping[str, Any],
         prefix: str,
-        leaves: dict[str, Value],
-        gradients: dict[str, Value],
+        leaves: Entries,
+        gradients: Entries,
     ) -> bool:
-        """Put what `lower` gives for a module's parameters and their gradients into dicts, by name.
+        """Put what `lower` gives for a module's parameters and their gradients there, by name.
 
-        Of parameters it is noted whether they require a gradient, and nothing else. False where one of them is
-        unusual, or its name is no text; some of the others may be there already.
+        Of parameters it is noted whether they require a gradient, and nothing else. False, and none of them there,
+        where one of them is unusual, or its name is no text.
         """
         return not self._own_copies and self._regions.parameters(parameters, prefix, leaves, gradients)
 
@@ -152,17 +152,17 @@ class Storages:
         parameters: list[torch.Tensor],
         first: int,
         state: dict[int, Any],
-        elsewhere: Container[int],
-        lowered: dict[Any, Value],
+        elsewhere: Names,
+        lowered: Entries,
     ) -> int:
-        """Put `usual_alone` of all that an optimizer has for its parameters into a dict, by their names.
+        """Put `usual_alone` of all that an optimizer has for its parameters there, by their names.
 
         Args:
             names: The parameters' names.
             parameters: An optimizer's parameters, or a group's.
             first: Number of the first one to look at.
             state: What it has for each, by the parameter's `id`; some may have none.
-            elsewhere: The `id` of each tensor that is saved elsewhere.
+            elsewhere: Has the tensors that are saved elsewhere.
             lowered: Takes a dict of leaves for each parameter that has a dict of such tensors under plain names.
 
         Returns:
@@ -172,10 +172,12 @@ class Storages:
             return first
         return self._regions.lone_states(names, parameters, first, state, elsewhere, lowered)
 
-    @property
     def settled(self) -> bool:
-        """Whether every view came out tied; if not, capture again with `whole`."""
-        return not self._whole.late
+        """Tell, when all is lowered, whether every view came out tied; if not, capture again with `whole`."""
+        if self._whole.late:
+            return False
+        self._regions.settled()
+        return True
 
     @property
     def whole(self) -> frozenset[_Key]:

@@ -146,7 +146,8 @@ class Tracer(TorchDispatchMode):
         regions = captured.regions()
         digests = [_core.digest_memory([region]).hex() for region in regions]
         leaves = [[name, digest.hex()] for name, digest in rng.digests()]
-        leaves += [[path, _leaf_text(value, digests)] for path, value in _leaves(captured.tree, "objects")]
+        tree = _core.decode(_core.encode(captured.tree))
+        leaves += [[path, _leaf_text(value, digests)] for path, value in _leaves(tree, "objects")]
         return leaves
 
     def _place(self) -> dict[str, Any]:

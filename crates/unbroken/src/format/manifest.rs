@@ -830,7 +830,7 @@ fn check_tree_within(value: &Value, storages: &[StorageEntry], depth: usize) -> 
         Value::Dict(items) => items
             .iter()
             .try_for_each(|(key, value)| inner(key).and_then(|()| inner(value))),
-        Value::Object { fields, .. } => fields.iter().try_for_each(|(_, value)| inner(value)),
+        Value::Object(object) => object.fields.iter().try_for_each(|(_, value)| inner(value)),
         Value::Tensor(tensor) => {
             check_view(tensor, storages)?;
             tensor.attrs.iter().try_for_each(|(_, value)| inner(value))

@@ -8,7 +8,7 @@ use minicbor::{Decoder, Encoder};
 
 use crate::digest::Digest;
 use crate::format::Flaw;
-use crate::state::{Tensor, Value};
+use crate::state::{Object, Tensor, Value};
 
 /// How deep values may be nested; a value without parts has depth 1.
 pub const MAX_DEPTH: usize = 128;
@@ -20,6 +20,9 @@ pub const MAX_ENCODED: usize = 1 << 30;
 pub const MAX_MEMORY: usize = 1 << 30;
 /// What each value counts for in [`MAX_MEMORY`]; each byte of a text, a name or a byte string counts for one more.
 pub const VALUE_BYTES: usize = 192;
+// What is allocated for a tensor, two counts beside it, or an object comes on top.
+const _: () = assert!(size_of::<Value>() + 2 * size_of::<usize>() + size_of::<Tensor>() <= VALUE_BYTES);
+const _: () = assert!(size_of::<Value>() + size_of::<Object>() <= VALUE_BYTES);
 /// What each dimension of a tensor counts for in [`MAX_MEMORY`].
 pub const DIMENSION_BYTES: usize = 16;
 /// How many dimensions a tensor may have.
@@ -323,15 +326,16 @@ impl Writer {
                 self.tag(TAG_FROZENSET);
                 self.set(items, inner)?;
             }
-            Value::Object { kind, name, fields } => {
-                check_name("an object's kind", kind, MAX_WORD)?;
-                check_name("a type's name", name, MAX_NAME)?;
+            Value::Object(object) => {
+                check_name("an object's kind", &object.kind, MAX_WORD)?;
+                check_name("a type's name", &object.name, MAX_NAME)?;
                 self.tag(TAG_OBJECT);
                 self.array(3);
-                self.text(kind)?;
-                self.text(name)?;
+                self.text(&object.kind)?;
+                self.text(&object.name)?;
                 self.fields(
-                    fields
+                    object
+                        .fields
                         .iter()
                         .map(|(name, value)| (name.as_str(), value))
                         .collect(),
@@ -634,7 +638,7 @@ impl<'a> Reader<'a> {
                 Ok(Value::Complex(self.float()?, self.float()?))
             }
             TAG_OBJECT => self.object(depth),
-            TAG_TENSOR => self.tensor(depth).map(Value::Tensor),
+            TAG_TENSOR => self.tensor(depth).map(Value::from),
             TAG_BIG_POSITIVE => self.big(false),
             TAG_BIG_NEGATIVE => self.big(true),
             tag => Err(self.malformed(format!("a tag {tag} that values do not use"))),
@@ -721,11 +725,11 @@ impl<'a> Reader<'a> {
         let (kind, name) = (self.text()?, self.text()?);
         check_name("an object's kind", kind, MAX_WORD)?;
         check_name("a type's name", name, MAX_NAME)?;
-        Ok(Value::Object {
+        Ok(Value::from(Object {
             kind: kind.to_owned(),
             name: name.to_owned(),
             fields: self.fields(false, depth)?,
-        })
+        }))
     }
 
     fn tensor(&mut self, depth: usize) -> Result<Tensor, Flaw> {

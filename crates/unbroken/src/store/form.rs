@@ -101,16 +101,11 @@ fn alike(one: &Value, other: &Value, depth: usize) -> bool {
                     .all(|((key, one), (other_key, other))| key == other_key && alike(one, other, depth))
         }
         (Value::List(one), Value::List(other)) | (Value::Tuple(one), Value::Tuple(other)) => same(one, other),
-        (
-            Value::Object { kind, name, fields },
-            Value::Object {
-                kind: other_kind,
-                name: other_name,
-                fields: other_fields,
-            },
-        ) => {
-            let mut pairs = fields.iter().zip(other_fields);
-            (kind, name, fields.len()) == (other_kind, other_name, other_fields.len())
+        (Value::Object(one), Value::Object(other)) => {
+            let looks_alike =
+                (&one.kind, &one.name, one.fields.len()) == (&other.kind, &other.name, other.fields.len());
+            let mut pairs = one.fields.iter().zip(&other.fields);
+            looks_alike
                 && pairs
                     .all(|((name, one), (other_name, other))| name == other_name && alike(one, other, depth))
         }
@@ -128,7 +123,7 @@ mod tests {
     use super::*;
     use crate::digest::Digest;
     use crate::outline::nodes_of;
-    use crate::state::Tensor;
+    use crate::state::{Object, Tensor};
 
     fn text(text: &str) -> Value {
         Value::Str(text.to_owned())
@@ -145,15 +140,15 @@ mod tests {
             attrs: vec![("requires_grad".to_owned(), Value::Bool(true))],
         };
         change(&mut tensor);
-        Value::Tensor(tensor)
+        Value::from(tensor)
     }
 
     fn object(kind: &str, field: &str, value: Value) -> Value {
-        Value::Object {
+        Value::from(Object {
             kind: kind.to_owned(),
             name: "Score".to_owned(),
             fields: vec![(field.to_owned(), value)],
-        }
+        })
     }
 
     fn tree(key: Value, parts: [Value; 4]) -> Value {

@@ -993,7 +993,7 @@ mod tests {
 
     fn commit_to(store: &mut Store, step: u64, storages: &[Vec<u8>]) -> Checkpoint {
         let tensor = |storage: u32| {
-            Value::Tensor(Tensor {
+            Value::from(Tensor {
                 dtype: "uint8".to_owned(),
                 shape: vec![BYTES as u64],
                 strides: vec![1],

@@ -464,7 +464,7 @@ impl<'a> StateWriter<'a> {
             length.ok_or_else(|| Error::invalid(format!("`{name}` of shape {shape:?} is too large")))?;
         let storage = u32::try_from(self.storages.len()).map_err(|_| Error::invalid("too many tensors"))?;
         if self.asks_for_values() {
-            self.insert(name, Value::Tensor(contiguous(dtype, shape, storage)))?;
+            self.insert(name, Value::from(contiguous(dtype, shape, storage)))?;
         }
         if self.scopes.len() == 1 {
             self.begin(name, false);

@@ -18,7 +18,7 @@ use unbroken::format::manifest::{
 };
 use unbroken::format::{pack, value};
 use unbroken::run::{Options, Run};
-use unbroken::state::{Tensor, Value};
+use unbroken::state::{Object, Tensor, Value};
 use unbroken::storage::Storage;
 use unbroken::storage::memory::MemoryStorage;
 
@@ -41,7 +41,7 @@ pub fn any_value(bytes: &mut Unstructured, depth: usize) -> Result<Value> {
         5 => Value::Complex(bytes.arbitrary()?, bytes.arbitrary()?),
         6 => Value::Str(bytes.arbitrary()?),
         7 => Value::Bytes(bytes.arbitrary()?),
-        8 => Value::Tensor(any_tensor(bytes, depth)?),
+        8 => Value::from(any_tensor(bytes, depth)?),
         9 => Value::List(any_values(bytes, depth)?),
         10 => Value::Tuple(any_values(bytes, depth)?),
         11 => Value::Set(any_values(bytes, depth)?),
@@ -52,11 +52,11 @@ pub fn any_value(bytes: &mut Unstructured, depth: usize) -> Result<Value> {
                 .map(|item| Ok((any_value(bytes, 0)?, item)))
                 .collect::<Result<_>>()?,
         ),
-        _ => Value::Object {
+        _ => Value::from(Object {
             kind: bytes.arbitrary()?,
             name: bytes.arbitrary()?,
             fields: any_fields(bytes, depth)?,
-        },
+        }),
     })
 }
 

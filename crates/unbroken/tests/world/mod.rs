@@ -29,7 +29,7 @@ pub const SMALL: Tuning = Tuning {
 
 /// A tensor of float32 over one whole storage.
 pub fn leaf(storage: u32, count: u64) -> Value {
-    Value::Tensor(Tensor {
+    Value::from(Tensor {
         dtype: "float32".to_owned(),
         shape: vec![count],
         strides: vec![1],
