@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import random
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -287,6 +287,16 @@ def test_names_are_the_users_own_inside_compiled_and_parallel_wrappers() -> None
         "1.weight",
         "1.bias",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_scripted_module_goes_on() -> None:
+    def scripted() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+        return cast("nn.Module", torch.jit.script(layers))
+
+    assert_resumes_exactly(seeded(scripted), sgd_step)
 
 
 # Differences: all of them named, nothing touched.
