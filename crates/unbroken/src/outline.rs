@@ -36,7 +36,9 @@ pub(crate) fn outline_with(
     storages: &[(u64, Digest)],
     bytes: &[Option<&[u8]>],
 ) -> Outline {
-    let mut contents = Vec::new();
+    let mut contents = Vec::with_capacity(nodes.len());
+    // Of thousands of parameters, each has no gradient.
+    let mut last: Option<(&Value, Option<Content>)> = None;
     each_leaf(tree, true, &mut |leaf| {
         contents.push(match leaf {
             Value::Tensor(tensor) => {
@@ -46,9 +48,16 @@ pub(crate) fn outline_with(
                     .get(index)
                     .and_then(|storage| content(tensor, *storage, bytes))
             }
-            plain => value::digest_value(plain)
-                .ok()
-                .map(|digest| Content::cut(&digest)),
+            plain => match &last {
+                Some((before, content)) if *before == plain => *content,
+                _ => {
+                    let content = value::digest_value(plain)
+                        .ok()
+                        .map(|digest| Content::cut(&digest));
+                    last = Some((plain, content));
+                    content
+                }
+            },
         });
     });
     Outline { nodes, contents }

@@ -274,6 +274,9 @@ pub struct Draft {
     digests: Vec<usize>,
 }
 
+/// More than a manifest usually has for a storage and the leaf that views it: memory is taken once.
+const USUAL_BYTES: usize = 256;
+
 impl Draft {
     /// Drafts a manifest, whatever the digests of its storages are so far.
     ///
@@ -282,7 +285,7 @@ impl Draft {
     /// Whatever [`decode`] would refuse.
     pub fn of(manifest: &Manifest) -> Result<Draft, Flaw> {
         check(manifest)?;
-        let mut head = Vec::new();
+        let mut head = Vec::with_capacity(PAYLOAD + manifest.storages.len() * USUAL_BYTES);
         head.extend_from_slice(MAGIC);
         head.extend_from_slice(&version_of(manifest).to_le_bytes());
         head.extend_from_slice(&[0; 8]);

@@ -3,6 +3,8 @@
 //! Touches: nothing. No recursion deeper than [`MAX_DEPTH`], no allocation that the bytes at hand do not pay for. The
 //! same rules bind both directions: what [`encode`] writes [`decode`] reads, and nothing else.
 
+use std::collections::HashSet;
+
 use minicbor::data::Tag;
 use minicbor::{Decoder, Encoder};
 
@@ -192,13 +194,18 @@ fn too_deep() -> Flaw {
 }
 
 /// Finds a string that occurs twice.
-fn repeated(mut parts: Vec<&[u8]>) -> Option<&[u8]> {
-    parts.sort_unstable();
-    parts
-        .windows(2)
-        .find(|pair| pair[0] == pair[1])
-        .map(|pair| pair[0])
+fn repeated<'b>(mut parts: impl ExactSizeIterator<Item = &'b [u8]> + Clone) -> Option<&'b [u8]> {
+    if parts.len() <= FEW {
+        let all = parts.clone();
+        let mut numbered = parts.enumerate();
+        return numbered.find_map(|(at, part)| all.clone().take(at).find(|before| *before == part));
+    }
+    let mut seen = HashSet::with_capacity(parts.len());
+    parts.find(|part| !seen.insert(*part))
 }
+
+/// So many strings are compared with each other sooner than put into a set.
+const FEW: usize = 8;
 
 /// Writes a value, or the parts of one that was never put together.
 pub(super) struct Writer {
@@ -270,7 +277,7 @@ impl Writer {
             keys.push(start..self.bytes().len());
             write_value(self, value)?;
         }
-        match repeated(keys.into_iter().map(|range| &self.bytes()[range]).collect()) {
+        match repeated(keys.iter().map(|range| &self.bytes()[range.clone()])) {
             Some(key) => Err(Flaw::malformed(format!(
                 "a mapping with the key {} twice",
                 shown(key)
@@ -333,14 +340,7 @@ impl Writer {
                 self.array(3);
                 self.text(&object.kind)?;
                 self.text(&object.name)?;
-                self.fields(
-                    object
-                        .fields
-                        .iter()
-                        .map(|(name, value)| (name.as_str(), value))
-                        .collect(),
-                    inner,
-                )?;
+                self.fields(object.fields.iter(), inner)?;
             }
             Value::Tensor(tensor) => self.tensor(tensor, inner)?,
         }
@@ -398,8 +398,12 @@ impl Writer {
         Ok(())
     }
 
-    fn fields(&mut self, fields: Vec<(&str, &Value)>, depth: usize) -> Result<(), Flaw> {
-        if let Some(name) = repeated(fields.iter().map(|(name, _)| name.as_bytes()).collect()) {
+    fn fields<'v>(
+        &mut self,
+        fields: impl ExactSizeIterator<Item = &'v (String, Value)> + Clone,
+        depth: usize,
+    ) -> Result<(), Flaw> {
+        if let Some(name) = repeated(fields.clone().map(|(name, _)| name.as_bytes())) {
             let name = String::from_utf8_lossy(name).into_owned();
             return Err(Flaw::malformed(format!("a field named {name:?} twice")));
         }
@@ -437,13 +441,12 @@ impl Writer {
         written(self.out.u64(tensor.offset));
         written(self.out.u32(tensor.storage));
         self.text(&tensor.device)?;
-        let mut attrs: Vec<_> = tensor
-            .attrs
-            .iter()
-            .map(|(name, value)| (name.as_str(), value))
-            .collect();
-        attrs.sort_by_key(|(name, _)| *name);
-        self.fields(attrs, depth)
+        if tensor.attrs.is_sorted_by(|one, other| one.0 <= other.0) {
+            return self.fields(tensor.attrs.iter(), depth);
+        }
+        let mut attrs: Vec<_> = tensor.attrs.iter().collect();
+        attrs.sort_by_key(|(name, _)| name);
+        self.fields(attrs.into_iter(), depth)
     }
 }
 
@@ -677,7 +680,7 @@ impl<'a> Reader<'a> {
             keys.push(&self.input.input()[start..self.input.position()]);
             items.push((key, self.value(depth)?));
         }
-        match repeated(keys) {
+        match repeated(keys.into_iter()) {
             Some(key) => Err(self.malformed(format!("a mapping with the key {} twice", shown(key)))),
             None => Ok(items),
         }
@@ -712,7 +715,7 @@ impl<'a> Reader<'a> {
             }
             fields.push((name.to_owned(), self.value(depth)?));
         }
-        match repeated(fields.iter().map(|(name, _)| name.as_bytes()).collect()) {
+        match repeated(fields.iter().map(|(name, _)| name.as_bytes())) {
             Some(name) => {
                 Err(self.malformed(format!("a field named {:?} twice", String::from_utf8_lossy(name))))
             }
