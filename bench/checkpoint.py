@@ -266,7 +266,7 @@ class Ours:
             "metrics": {},
         }
         if self.mode == "sync" or self.step == 0:  # A run waits for its first checkpoint in any mode.
-            self.run.commit(**what, storages=captured.regions())
+            self.run.commit(**what, storages=captured.memory())
             if self.deletes:
                 self.delete()
         else:

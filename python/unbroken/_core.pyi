@@ -318,11 +318,13 @@ class Regions:
         """
     def settled(self) -> None:
         """Take note that all leaves were made: what is the same in the next capture is not made again."""
+    def bytes(self) -> int:
+        """Return how many bytes they are."""
     def have_live(self, least_bytes: int) -> bool:
         """Tell whether one of at least so many bytes is live memory, and not the capture's own."""
     def take_frozen(self) -> Versions:
         """Return the version counters of the large parameters that require no gradient, once."""
-    def lent(self, owned: Versions, unmoved: Set[tuple[int, int]] = ...) -> Lent:
+    def lent(self, owned: Versions | None = None, unmoved: Set[tuple[int, int]] = ...) -> Lent:
         """Return all of them for a save.
 
         What is the capture's own, or a storage of `owned`, stays as it is until an optimizer steps. To what is in
@@ -552,7 +554,7 @@ class Run:
         step: int,
         phase: int,
         tree: Value,
-        storages: Sequence[tuple[int, int]],
+        storages: Lent | Sequence[tuple[int, int]],
         identity: Mapping[str, Value],
         environment: Mapping[str, Value],
         metrics: Mapping[str, float],

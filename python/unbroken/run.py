@@ -1082,7 +1082,7 @@ class Run:
         }
         self._proof.reached(f"saving:{self.step}")
         if self._checkpoint is None and self.step == 0:
-            now = sum(length for _, length in captured.regions())
+            now = captured.nbytes()
             self._say_space(now + snapshot.bytes_to_come(self._objects))
         checkpoint = {
             "step": self.step,

@@ -216,7 +216,7 @@ class Saves:
     def _save_waiting(
         self, captured: Snapshot, checkpoint: dict[str, Any], before: Callable[[], object], *, required: bool
     ) -> bool:
-        storages = captured.regions()
+        storages = captured.memory()
 
         def write() -> None:
             before()
@@ -240,7 +240,7 @@ class Saves:
         copies = self._mode != "sync"
         if not copies and self._compress is None:
             return
-        state = sum(length for _, length in captured.regions()) - resting
+        state = captured.nbytes() - resting
         if state <= self._provided_bytes:
             return
         free = room.free_bytes()

@@ -15,6 +15,7 @@ mod indices;
 mod key;
 mod leaf;
 mod memory;
+mod method;
 mod names;
 mod run;
 mod step;

@@ -205,7 +205,15 @@ impl Run {
         storages: &Bound<'_, PyAny>,
         boundary: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<CheckpointInfo> {
-        let regions = regions_from_python(storages)?;
+        let regions = match storages.cast::<Lent>() {
+            Ok(lent) => lent
+                .get()
+                .regions
+                .iter()
+                .map(|region| (region.address, region.length))
+                .collect(),
+            Err(_) => regions_from_python(storages)?,
+        };
         let described = Described::from_keywords(boundary)?;
         let commit = Commit {
             step: described.step,

@@ -20,6 +20,7 @@ use crate::dlpack::{Exchange, View};
 use crate::entries::Entries;
 use crate::leaf::Tensor;
 use crate::memory::check_region;
+use crate::method::Method;
 use crate::names::Names;
 use crate::value::{fields_from_python, from_python};
 
@@ -420,6 +421,11 @@ impl Regions {
         self.regions.iter().map(span).collect()
     }
 
+    /// Return how many bytes they are.
+    fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.length as u64).sum()
+    }
+
     /// Tell whether one of at least so many bytes is live memory, and not the capture's own.
     fn have_live(&self, least_bytes: u64) -> bool {
         let is_one = |region: &Captured| !region.private && region.length as u64 >= least_bytes;
@@ -428,14 +434,14 @@ impl Regions {
 
     /// Return all of them for a save; what is the capture's own, or a storage of `owned`, stays as it is until an
     /// optimizer steps. To what is in `unmoved` nobody is known to have written since the last save.
-    #[pyo3(signature = (owned, unmoved = HashSet::new()))]
-    fn lent(&self, owned: &Versions, unmoved: HashSet<Key>) -> Lent {
+    #[pyo3(signature = (owned = None, unmoved = HashSet::new()))]
+    fn lent(&self, owned: Option<&Versions>, unmoved: HashSet<Key>) -> Lent {
         let lend = |region: &Captured| {
             let key = (region.address, region.length);
             Region {
                 address: region.address,
                 length: region.length,
-                lent: region.private || owned.storages.contains(&key),
+                lent: region.private || owned.is_some_and(|owned| owned.storages.contains(&key)),
                 unmoved: !region.private && unmoved.contains(&key),
             }
         };
@@ -568,10 +574,10 @@ impl Regions {
             return Ok(None);
         };
         // What is negated when it is read is noted on the long way.
-        if view.is_ambiguous() || flag(tensor.call_method0(intern!(py, "is_neg"))?) {
+        if view.is_ambiguous() || flag(IS_NEG.call(tensor)?) {
             return Ok(None);
         }
-        let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+        let storage = UNTYPED_STORAGE.call(tensor)?;
         let (address, length) = (view.address, length_of(&storage)?);
         // As dense as it is, it begins where its storage does if it is as long.
         if length == 0 || view.dense_bytes() != Some(length) {
@@ -612,6 +618,10 @@ impl Regions {
 }
 
 const CPU: &str = "cpu";
+
+static IS_NEG: Method = Method::new("is_neg");
+static UNTYPED_STORAGE: Method = Method::new("untyped_storage");
+static NBYTES: Method = Method::new("nbytes");
 
 /// Whether a leaf is that of a tensor that is all of a storage.
 fn is_leaf_of(leaf: &state::Tensor, view: &View, storage: u32, noted: &Notes) -> bool {
@@ -710,7 +720,7 @@ fn flag(value: Bound<'_, PyAny>) -> bool {
 }
 
 fn length_of(storage: &Bound<'_, PyAny>) -> PyResult<usize> {
-    storage.call_method0(intern!(storage.py(), "nbytes"))?.extract()
+    NBYTES.call(storage)?.extract()
 }
 
 fn address_of(storage: &Bound<'_, PyAny>) -> PyResult<usize> {

@@ -49,6 +49,14 @@ class Snapshot:
         """Return (address, length in bytes) of each storage, in the order of the leaves' indices."""
         return self.storages.regions()
 
+    def nbytes(self) -> int:
+        """Return how many bytes the storages are."""
+        return self.storages.nbytes()
+
+    def memory(self) -> _core.Lent:
+        """Return the regions for a save that is waited for."""
+        return self.storages.lent()
+
     def lendable(self, owned: Owned, unmoved: Set[tuple[int, int]] = frozenset()) -> _core.Lent:
         """Return the regions for a save, and of each whether it stays as it is until the next optimizer step.
 

@@ -188,11 +188,17 @@ class Storages:
         """Return (address, length in bytes) of each storage. This object keeps the memory alive."""
         return self._regions.spans()
 
+    def nbytes(self) -> int:
+        """Return how many bytes the storages are."""
+        return self._regions.bytes()
+
     def have_live(self, least_bytes: int) -> bool:
         """Tell whether a region of at least so many bytes is a live tensor's own memory."""
         return self._regions.have_live(least_bytes)
 
-    def lent(self, owned: _core.Versions, unmoved: Set[tuple[int, int]]) -> _core.Lent:
+    def lent(
+        self, owned: _core.Versions | None = None, unmoved: Set[tuple[int, int]] = frozenset()
+    ) -> _core.Lent:
         """Return the regions for a save, and of each whether it stays as it is until the next optimizer step.
 
         Args:
