@@ -69,7 +69,10 @@ def bytes_to_come(optimizer: Optimizer) -> int:
 def parameter_names(optimizer: Optimizer, names: Names) -> list[list[str]]:
     """Return the name of each parameter of each group; those in no tracked module by group and index."""
     return [
-        [name or f"group{at}.{index}" for index, name in enumerate(names.names(group["params"], "tensor"))]
+        [
+            name or f"group{at}.{index}"
+            for index, name in enumerate(names.names(list(group["params"]), "tensor"))
+        ]
         for at, group in enumerate(optimizer.param_groups)
     ]
 
