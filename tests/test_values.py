@@ -373,6 +373,25 @@ def test_a_dict_filled_entry_by_entry_is_that_dict_wherever_it_stands(found: dic
         assert _core.encode(place(entries)) == _core.encode(place(lowered))
 
 
+@given(st.dictionaries(hashables, trees, max_size=6))
+def test_what_is_taken_as_plain_is_what_it_is_lowered_to(found: dict[Any, object]) -> None:
+    entries = _core.Entries()
+    at = entries.take_plain(found, 0)
+    for number, (key, value) in enumerate(found.items()):
+        if number == at:
+            entries[values.lower(key, path="")] = values.lower(value, path="")
+            at = entries.take_plain(found, at + 1)
+    assert at == len(found)
+    assert _core.encode(entries) == _core.encode(values.lower(found, path=""))
+
+
+def test_numbers_texts_and_tuples_of_numbers_are_plain() -> None:
+    plain = {"none": None, "on": True, "n": 3, "x": 0.5, "text": "é", "raw": b"", "size": (3, 3)}
+    for unusual in ([], {}, (1, []), ("a",), "\udc80", object()):
+        entries = _core.Entries()
+        assert entries.take_plain({**plain, "unusual": unusual, "behind": 1}, 0) == len(plain) == len(entries)
+
+
 def test_a_dict_filled_entry_by_entry_takes_what_any_other_does_and_when_it_is_put_in() -> None:
     entries, changing = _core.Entries(), [1]
     entries["kept"] = changing

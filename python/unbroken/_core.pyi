@@ -66,6 +66,12 @@ class Entries:
     def __len__(self) -> int: ...
     def __setitem__(self, key: Value, value: Value) -> None:
         """Add an entry; its key must be none that is there already: the format refuses one that is there twice."""
+    def take_plain(self, found: dict[Any, Any], first: int) -> int:
+        """Add the entries of a dict, from number `first` on, up to one whose key or value is not plain.
+
+        Plain are None, bools, numbers, bytes, text that UTF-8 can carry, and tuples of such without text. Returns the
+        number of the first that is not, or how many there are.
+        """
 
 @final
 class Names:

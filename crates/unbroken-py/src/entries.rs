@@ -4,10 +4,11 @@
 //! Touches: nothing. What is put in is converted at once, and stays as it was then.
 
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple};
 use unbroken::Value;
 
 use crate::leaf::depth_of;
-use crate::value::from_python;
+use crate::value::{from_python, is_plain};
 
 /// A dict of a tree, which only grows; wherever a value may stand it stands for that dict.
 #[pyclass(module = "unbroken._core")]
@@ -32,6 +33,18 @@ impl Entries {
     fn __setitem__(&mut self, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
         self.push(from_python(key)?, from_python(value)?);
         Ok(())
+    }
+
+    /// Add the entries of a dict, from number `first` on, up to one whose key or value is not plain: None, a bool, a
+    /// number, a text that UTF-8 can carry, bytes, or a tuple of such. Returns its number, or how many there are.
+    fn take_plain(&mut self, found: &Bound<'_, PyDict>, first: usize) -> PyResult<usize> {
+        for (at, (key, value)) in found.iter().enumerate().skip(first) {
+            if !is_plain_throughout(&key) || !is_plain_throughout(&value) {
+                return Ok(at);
+            }
+            self.push(from_python(&key)?, from_python(&value)?);
+        }
+        Ok(found.len())
     }
 }
 
@@ -60,4 +73,16 @@ impl Entries {
     pub(crate) fn to_value(&self) -> Value {
         Value::Dict(self.entries.clone())
     }
+}
+
+/// Whether a value is lowered to itself, whoever lowers it.
+fn is_plain_throughout(value: &Bound<'_, PyAny>) -> bool {
+    if let Ok(text) = value.cast_exact::<PyString>() {
+        return text.to_str().is_ok();
+    }
+    is_plain(value)
+        || value.cast_exact::<PyTuple>().is_ok_and(|parts| {
+            let mut parts = parts.iter();
+            parts.all(|part| is_plain(&part) && !part.is_instance_of::<PyString>())
+        })
 }

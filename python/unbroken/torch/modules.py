@@ -6,6 +6,7 @@ holds it and because its address is part of what decides the bits. Wrappers (DDP
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -35,34 +36,38 @@ MACHINERY = frozenset(vars(torch.nn.Module())) | {
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """Return the user's module inside DDP, DataParallel and `torch.compile` wrappers."""
-    while True:
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            module = module.module
-        elif _is_compiled(module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
+    while (inside := _wrapped_in(type(module))) is not None:
+        module = getattr(module, inside)
+    return module
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _wrapped_in(kind: type) -> str | None:
+    """Return the attribute in which a wrapper of this type has the user's module; None where it is none."""
+    if issubclass(kind, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+        return "module"
     # Looked up and not imported: a program that compiles has it, and for the others it costs seconds.
     frame = sys.modules.get("torch._dynamo.eval_frame")
-    return frame is not None and isinstance(module, frame.OptimizedModule)
+    return "_orig_mod" if frame is not None and issubclass(kind, frame.OptimizedModule) else None
 
 
 def walk(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield (path, module) of a module and all below it, each once, wrappers left out of the paths."""
-    yield from _walk(unwrap(module), "", set())
-
-
-def _walk(module: torch.nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, torch.nn.Module]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(unwrap(child), _join(path, name), seen)
+    seen: set[int] = set()
+    ahead = [("", unwrap(module))]
+    while ahead:
+        path, part = ahead.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield path, part
+        if part._modules:
+            below = [
+                (_join(path, name), unwrap(child))
+                for name, child in part._modules.items()
+                if child is not None
+            ]
+            ahead.extend(reversed(below))
 
 
 def _join(path: str, name: str) -> str:
@@ -87,8 +92,9 @@ def add_names(names: Names, name: str, module: torch.nn.Module) -> None:
         place = _join(name, path)
         names.add("module", place, part)
         prefix = f"{place}." if place else ""
-        names.add_members("tensor", prefix, part._parameters)
-        names.add_members("tensor", prefix, part._buffers)
+        for members in (part._parameters, part._buffers):
+            if members:
+                names.add_members("tensor", prefix, members)
     names.add("module", name, module)
 
 
@@ -104,7 +110,8 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
     lower = capture.storages.lower
     for place, part in walk(module):
         prefix = f"{place}." if place else ""
-        if not capture.storages.usual_parameters(part._parameters, prefix, parameters, gradients):
+        own = part._parameters
+        if own and not capture.storages.usual_parameters(own, prefix, parameters, gradients):
             _lower_parameters(capture, part, path, prefix, (parameters, gradients))
         for key, buffer in part._buffers.items():
             name = _join(place, key)

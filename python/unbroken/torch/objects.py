@@ -18,7 +18,7 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from copyreg import _slotnames  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,14 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from unbroken import _core, values
-from unbroken._core import Object
+from unbroken._core import Entries, Object
 from unbroken._core import Tensor as Leaf
 from unbroken.errors import UnsupportedState
 from unbroken.torch import rng, tensors
 from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
-    from unbroken._core import Entries, Names, Value
+    from unbroken._core import Names, Value
 
 Maker = Callable[[], Any]
 """Does what was planned and returns the value for its place: the live object, brought up to date, or another."""
@@ -107,9 +107,10 @@ def code_name(value: object) -> str:
     return f"{module}.{name}" if isinstance(name, str) and isinstance(module, str) else ""
 
 
-def attributes_of(item: object, skip: Iterable[str] = ()) -> dict[str, Any]:
+def attributes_of(item: object, skip: Set[str] = frozenset()) -> dict[str, Any]:
     """Return an object's own attributes, those in slots included."""
-    skipped = {*skip, *getattr(type(item), SKIP_ATTRIBUTE, ())}
+    own = getattr(type(item), SKIP_ATTRIBUTE, ())
+    skipped = {*skip, *own} if own else skip
     found = {name: value for name, value in getattr(item, "__dict__", {}).items() if name not in skipped}
     for name in _slotnames(type(item)):
         if name not in skipped and name not in found:
@@ -171,18 +172,25 @@ class Capture:
         """Lower what an optimizer has for its parameters, as far as it is usual: see `Storages.usual_states`."""
         return self.storages.usual_states(names, parameters, first, state, self.names, lowered)
 
-    def attributes(self, item: object, path: str, skip: Iterable[str] = ()) -> dict[str, Value]:
+    def attributes(self, item: object, path: str, skip: Set[str] = frozenset()) -> Entries:
         """Return an object's attributes lowered, by name; code is noted as such."""
-        lowered: dict[str, Value] = {}
-        for name, value in attributes_of(item, skip).items():
-            place = values.join_path(path, name)
-            if type(value) in _SHARED:
-                lowered[name] = self._shared(value, place)
-            elif isinstance(item, GradScaler) and name == "_per_optimizer_states":
-                lowered[name] = self._scaler_states(value, place)
-            else:
-                lowered[name] = self.lower(value, place)
+        lowered = Entries()
+        found = attributes_of(item, skip)
+        # A model has hundreds of modules, whose attributes are plain, mostly.
+        at = lowered.take_plain(found, 0)
+        items = list(found.items()) if at < len(found) else []
+        while at < len(items):
+            name, value = items[at]
+            lowered[name] = self._attribute(item, name, value, values.join_path(path, name))
+            at = lowered.take_plain(found, at + 1)
         return lowered
+
+    def _attribute(self, item: object, name: str, value: Any, path: str) -> Value:
+        if type(value) in _SHARED:
+            return self._shared(value, path)
+        if isinstance(item, GradScaler) and name == "_per_optimizer_states":
+            return self._scaler_states(value, path)
+        return self.lower(value, path)
 
     def _shared(self, value: Any, path: str) -> Value:
         again = self._again(value, path)
@@ -244,7 +252,7 @@ class Capture:
             )
         return NotImplemented
 
-    def _more(self, value: Any, path: str) -> dict[str, Value]:
+    def _more(self, value: Any, path: str) -> dict[str, Entries]:
         return {"attributes": self.attributes(value, path)}
 
     def _live_dict(self, value: Any, path: str) -> Object:
@@ -368,7 +376,7 @@ class Restorer:
         recorded: Mapping[str, Value],
         path: str,
         *,
-        skip: Iterable[str] = (),
+        skip: Set[str] = frozenset(),
         lenient: bool = False,
     ) -> Callable[[], None]:
         """Return how to bring an object's attributes to the recorded ones.

@@ -113,7 +113,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
     }
 
 
-def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> dict[str, Value]:
+def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> Entries:
     # Wrappers such as Lookahead share these two with the optimizer that they wrap, which is captured as an attribute.
     return capture.attributes(optimizer, path, MACHINERY)
 
