@@ -403,6 +403,10 @@ def test_a_dict_filled_entry_by_entry_takes_what_any_other_does_and_when_it_is_p
     for _ in range(126):
         deep = [deep]
     entries["deep"] = deep
+    equal = {float("nan"), float("nan")}
+    with pytest.raises(UnsupportedState, match="two of its members") as refused:
+        _core.Entries("model/layer")["seen"] = [equal]
+    assert refused.value.path == "model/layer/seen/0"
     _core.encode(entries)
     with pytest.raises(UnsupportedState, match="nested deeper"):
         _core.encode([entries])

@@ -60,9 +60,12 @@ class Entries:
     """A dict of a tree as the core holds it: what is put in is converted at once. It only grows.
 
     Of a model's thousands of leaves none becomes a Python object that is made only to be read again.
+
+    Args:
+        path: Where it is in the tree, for errors.
     """
 
-    def __init__(self) -> None: ...
+    def __init__(self, path: str = "") -> None: ...
     def __len__(self) -> int: ...
     def __setitem__(self, key: Value, value: Value) -> None:
         """Add an entry; its key must be none that is there already: the format refuses one that is there twice."""

@@ -8,13 +8,15 @@ use pyo3::types::{PyDict, PyString, PyTuple};
 use unbroken::Value;
 
 use crate::leaf::depth_of;
-use crate::value::{from_python, is_plain};
+use crate::value::{entry_from_python, from_python, is_plain};
 
 /// A dict of a tree, which only grows; wherever a value may stand it stands for that dict.
 #[pyclass(module = "unbroken._core")]
 #[derive(Default)]
 pub(crate) struct Entries {
     entries: Vec<(Value, Value)>,
+    /// Where it is in the tree, for errors.
+    path: String,
     /// Of the deepest key or value.
     depth: usize,
 }
@@ -22,8 +24,12 @@ pub(crate) struct Entries {
 #[pymethods]
 impl Entries {
     #[new]
-    fn new() -> Self {
-        Entries::default()
+    #[pyo3(signature = (path = None))]
+    fn new(path: Option<&Bound<'_, PyString>>) -> Self {
+        Entries {
+            path: path.map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+            ..Entries::default()
+        }
     }
 
     fn __len__(&self) -> usize {
@@ -31,7 +37,8 @@ impl Entries {
     }
 
     fn __setitem__(&mut self, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.push(from_python(key)?, from_python(value)?);
+        let (key, value) = entry_from_python(key, value, &self.path)?;
+        self.push(key, value);
         Ok(())
     }
 

@@ -101,6 +101,26 @@ pub(crate) fn from_python(value: &Bound<'_, PyAny>) -> PyResult<Value> {
     lower(value, 0).map_err(|refused| refused.into_error(value.py()))
 }
 
+/// Converts an entry of a dict that is at `path`.
+///
+/// # Errors
+///
+/// Those of [`from_python`].
+pub(crate) fn entry_from_python(
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    path: &str,
+) -> PyResult<(Value, Value)> {
+    lower_entry(key, value, 1).map_err(|refused| {
+        let refused = if path.is_empty() {
+            refused
+        } else {
+            refused.within(|| path.to_owned())
+        };
+        refused.into_error(key.py())
+    })
+}
+
 /// Converts the named parts of an object or the attributes of a leaf; names must be text.
 pub(crate) fn fields_from_python(fields: &Bound<'_, PyAny>) -> PyResult<Vec<(String, Value)>> {
     let py = fields.py();
@@ -247,10 +267,18 @@ fn lower_members<'py>(
 fn lower_dict(dict: &Bound<'_, PyDict>, outer: usize) -> Result<Value, Refused> {
     let mut out = Vec::with_capacity(dict.len());
     for (key, value) in dict.iter() {
-        let entry = lower(&key, outer).and_then(|lowered| Ok((lowered, lower(&value, outer)?)));
-        out.push(entry.map_err(|refused| refused.within(|| part_of(&key)))?);
+        out.push(lower_entry(&key, &value, outer)?);
     }
     Ok(Value::Dict(out))
+}
+
+fn lower_entry(
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    outer: usize,
+) -> Result<(Value, Value), Refused> {
+    let entry = lower(key, outer).and_then(|lowered| Ok((lowered, lower(value, outer)?)));
+    entry.map_err(|refused| refused.within(|| part_of(key)))
 }
 
 /// A key or member as one part of a path: text as it is, anything else as Python shows it.

@@ -104,7 +104,7 @@ def capture_module(capture: Capture, module: torch.nn.Module, path: str) -> Valu
     Raises:
         UnsupportedState: An attribute cannot be saved; its path says whose.
     """
-    parameters, gradients = Entries(), Entries()
+    parameters, gradients = Entries(f"{path}/parameters"), Entries(f"{path}/gradients")
     buffers: dict[str, Value] = {}
     parts: dict[str, Value] = {}
     lower = capture.storages.lower

@@ -174,7 +174,7 @@ class Capture:
 
     def attributes(self, item: object, path: str, skip: Set[str] = frozenset()) -> Entries:
         """Return an object's attributes lowered, by name; code is noted as such."""
-        lowered = Entries()
+        lowered = Entries(path)
         found = attributes_of(item, skip)
         # A model has hundreds of modules, whose attributes are plain, mostly.
         at = lowered.take_plain(found, 0)

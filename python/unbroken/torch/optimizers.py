@@ -81,7 +81,7 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
     """Return an optimizer's tree: `groups` with parameter names and options, `state` by parameter name."""
     names = parameter_names(optimizer, capture.names)
     groups: list[Value] = []
-    state = Entries()
+    state = Entries(f"{path}/state")
     others: dict[Value, Value] = {}
     # By identity, as their hash is too: asking a dict of tensors runs torch's `__hash__`, in Python.
     parts = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))
