@@ -17,10 +17,13 @@ mod leaf;
 mod memory;
 mod method;
 mod names;
+mod notes;
 mod run;
+mod scatter;
 mod step;
 mod storages;
 mod value;
+mod versions;
 mod watched;
 
 /// The border between Python and the Rust core.
@@ -59,7 +62,9 @@ mod module {
     #[pymodule_export]
     use crate::step::Recorder;
     #[pymodule_export]
-    use crate::storages::{Lent, Regions, TensorReader, Versions};
+    use crate::storages::{Lent, Regions, TensorReader};
+    #[pymodule_export]
+    use crate::versions::Versions;
     #[pymodule_export]
     use crate::watched::WatchedMemory;
 

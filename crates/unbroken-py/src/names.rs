@@ -11,7 +11,7 @@ use unbroken::Value;
 use unbroken::state;
 
 use crate::leaf::Object;
-use crate::storages::Scatter;
+use crate::scatter::Scatter;
 
 /// Objects by name, names by object.
 #[pyclass(module = "unbroken._core")]

@@ -5,7 +5,6 @@
 //! twenty lines of Python for each takes one call here.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasher, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::intern;
@@ -22,7 +21,10 @@ use crate::leaf::Tensor;
 use crate::memory::check_region;
 use crate::method::Method;
 use crate::names::Names;
+use crate::notes::{Notes, REQUIRES_GRAD};
+use crate::scatter::{Key, Scatter};
 use crate::value::{fields_from_python, from_python};
+use crate::versions::Versions;
 
 /// How tensors are read: torch's classes, told once.
 #[pyclass(frozen, module = "unbroken._core")]
@@ -120,117 +122,6 @@ impl TensorReader {
 
     fn is_known(&self, tensor: &Bound<'_, PyAny>) -> bool {
         tensor.get_type().is(&self.tensor) || self.is_parameter(tensor)
-    }
-}
-
-/// Tensors' version counters: whether anybody was seen to write to them since.
-#[pyclass(frozen, module = "unbroken._core")]
-#[derive(Default)]
-pub(crate) struct Versions {
-    tensors: Vec<(Py<PyAny>, i64, Key)>,
-    storages: HashSet<Key, Scatter>,
-}
-
-#[pymethods]
-impl Versions {
-    /// (address, length in bytes) of their storages.
-    #[getter]
-    fn storages(&self) -> HashSet<Key> {
-        self.storages.iter().copied().collect()
-    }
-
-    /// Return the storages, as `storages` does, whose counters all were the same before.
-    fn unmoved_since(&self, before: &Versions) -> HashSet<Key> {
-        let known: HashMap<Key, i64> = before
-            .tensors
-            .iter()
-            .map(|(_, version, key)| (*key, *version))
-            .collect();
-        let mut unmoved: HashSet<Key> = self.storages.iter().copied().collect();
-        for (_, version, key) in &self.tensors {
-            if known.get(key) != Some(version) {
-                unmoved.remove(key);
-            }
-        }
-        unmoved
-    }
-
-    /// Tell whether no counter has moved; given storages, none of theirs.
-    #[pyo3(signature = (among = None))]
-    fn unchanged(&self, py: Python<'_>, among: Option<HashSet<Key>>) -> PyResult<bool> {
-        let among = among.as_ref();
-        for (tensor, version, key) in &self.tensors {
-            if among.is_none_or(|among| among.contains(key)) && version_of(tensor.bind(py))? != *version {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-}
-
-impl Versions {
-    /// Reads a tensor's counter. One that was made in inference mode has none and is left out.
-    fn add(&mut self, tensor: Bound<'_, PyAny>, key: Key) -> PyResult<()> {
-        if !flag(tensor.call_method0(intern!(tensor.py(), "is_inference"))?) {
-            let version = version_of(&tensor)?;
-            self.tensors.push((tensor.unbind(), version, key));
-            self.storages.insert(key);
-        }
-        Ok(())
-    }
-
-    /// Reads the counters of (tensor, address, length in bytes) each.
-    fn of(found: Vec<(Bound<'_, PyAny>, usize, usize)>) -> PyResult<Self> {
-        let mut versions = Versions {
-            tensors: Vec::with_capacity(found.len()),
-            storages: HashSet::with_capacity_and_hasher(found.len(), Scatter),
-        };
-        for (tensor, address, length) in found {
-            versions.add(tensor, (address, length))?;
-        }
-        Ok(versions)
-    }
-}
-
-fn version_of(tensor: &Bound<'_, PyAny>) -> PyResult<i64> {
-    tensor.getattr(intern!(tensor.py(), "_version"))?.extract()
-}
-
-/// Address and length in bytes.
-type Key = (usize, usize);
-
-/// Hashes addresses and lengths, which nobody chooses to be alike: a capture asks for thousands.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Scatter;
-
-impl BuildHasher for Scatter {
-    type Hasher = Scattered;
-
-    fn build_hasher(&self) -> Scattered {
-        Scattered(0)
-    }
-}
-
-pub(crate) struct Scattered(u64);
-
-impl Hasher for Scattered {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u64(u64::from(byte)));
-    }
-
-    fn write_usize(&mut self, number: usize) {
-        self.write_u64(number as u64);
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        // Odd, and of no pattern: 2^64 over the golden ratio. What is multiplied counts in the high bits, hence the turn.
-        self.0 = (self.0 ^ number)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            .rotate_left(32);
     }
 }
 
@@ -644,59 +535,6 @@ fn is_frozen(leaf: &state::Tensor) -> bool {
     leaf.attrs.iter().any(noted) && contiguous(leaf)
 }
 
-/// What is noted of a tensor beside what it is.
-enum Notes<'a> {
-    Usual {
-        class: Option<&'a str>,
-        requires_grad: Option<bool>,
-    },
-    /// Sorted by name.
-    These(Vec<(String, Value)>),
-}
-
-const CLASS: &str = "class";
-const REQUIRES_GRAD: &str = "requires_grad";
-
-impl Notes<'_> {
-    const NOTHING: Notes<'static> = Notes::Usual {
-        class: None,
-        requires_grad: None,
-    };
-
-    /// Whether they are these attributes.
-    fn are(&self, attrs: &[(String, Value)]) -> bool {
-        match self {
-            Notes::These(those) => those == attrs,
-            Notes::Usual { class, requires_grad } => {
-                let mut left = attrs.iter();
-                let mut has = |noted: bool, name: &str, is_it: &dyn Fn(&Value) -> bool| {
-                    !noted
-                        || left
-                            .next()
-                            .is_some_and(|(other, value)| other == name && is_it(value))
-                };
-                let same_class = |value: &Value| matches!(value, Value::Str(text) if Some(&**text) == *class);
-                let same_flag =
-                    |value: &Value| matches!(value, Value::Bool(flag) if Some(*flag) == *requires_grad);
-                has(class.is_some(), CLASS, &same_class)
-                    && has(requires_grad.is_some(), REQUIRES_GRAD, &same_flag)
-                    && left.next().is_none()
-            }
-        }
-    }
-
-    fn into_attrs(self) -> Vec<(String, Value)> {
-        match self {
-            Notes::These(attrs) => attrs,
-            Notes::Usual { class, requires_grad } => {
-                let class = class.map(|class| (CLASS.to_owned(), Value::Str(class.to_owned())));
-                let requires_grad = requires_grad.map(|flag| (REQUIRES_GRAD.to_owned(), Value::Bool(flag)));
-                class.into_iter().chain(requires_grad).collect()
-            }
-        }
-    }
-}
-
 fn usual_notes<'r>(reader: &'r TensorReader, tensor: &Bound<'_, PyAny>) -> PyResult<Notes<'r>> {
     let py = tensor.py();
     let wanted = flag(tensor.getattr(intern!(py, "requires_grad"))?);
@@ -715,7 +553,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-fn flag(value: Bound<'_, PyAny>) -> bool {
+pub(crate) fn flag(value: Bound<'_, PyAny>) -> bool {
     value.cast_exact::<PyBool>().is_ok_and(|value| value.is_true())
 }
 
