@@ -1,5 +1,6 @@
 """What a person meets at the front of a run: refusals by name, state, bars, evaluations, divergence, ends."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -240,6 +241,30 @@ def test_a_changed_program_is_refused_at_the_first_step_that_differs(path: Path)
     with pytest.raises(errors.DivergedFromJournal):
         Life(path).train(scale=1.5)
     Life(path).train()
+
+
+class NoRoomForTheWord:
+    """A run's core on a disk that is full when the journal is to say that a step differs."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def event(self, kind: str, *fields: Any) -> None:
+        if kind != "diverged":
+            return self._core.event(kind, *fields)
+        raise errors.StorageError("cannot write", doing="write", path=Path("journal"), errno=errno.ENOSPC)
+
+
+@pytest.mark.parametrize("on_full", ["wait", "continue"])
+def test_a_full_disk_does_not_hide_that_a_step_differs(path: Path, on_full: str) -> None:
+    Life(path).train(kill_at=10)
+    life = Life(path, on_full=on_full)
+    life.run._core = NoRoomForTheWord(life.run._core)  # type: ignore[assignment]
+    with pytest.raises(errors.DivergedFromJournal, match="step 9, executed again"):
+        life.train(scale=1.5)
 
 
 def test_a_changed_program_goes_on_marked_where_that_was_asked_for(path: Path) -> None:

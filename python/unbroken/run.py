@@ -1015,16 +1015,22 @@ class Run:
     def _diverged(self, difference: _core.Difference) -> None:
         self._has_diverged = True
         error = self._divergence(difference)
-        self._core.event(
-            "diverged",
-            difference.step,
-            {
-                "component": difference.component,
-                "expected": difference.expected,
-                "found": difference.found,
-                "went_on": self._on_divergence == "continue" or self._overridden,
-            },
-        )
+        try:
+            self._core.event(
+                "diverged",
+                difference.step,
+                {
+                    "component": difference.component,
+                    "expected": difference.expected,
+                    "found": difference.found,
+                    "went_on": self._on_divergence == "continue" or self._overridden,
+                },
+            )
+        except StorageError as full:
+            if not is_full(full):
+                raise
+            # It must not hide what is told here.
+            self._say(f"the journal has no room for a word about what follows: {full}")
         # What was allowed to differ may well give other numbers: that was asked for by name, and is in the journal.
         if self._on_divergence == "stop" and not self._overridden:
             raise error

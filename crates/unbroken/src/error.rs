@@ -123,6 +123,13 @@ pub enum FieldValue {
 }
 
 impl Error {
+    /// Whether there was no room: the disk, a quota or the process's own limit has none left.
+    pub fn is_full(&self) -> bool {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Error::Io { source, .. }
+            if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    }
+
     /// Wraps an error of the operating system.
     pub fn io(doing: &'static str, path: impl AsRef<Path>, source: io::Error) -> Error {
         Error::Io {
@@ -185,7 +192,7 @@ impl Error {
                 io::ErrorKind::InvalidInput if names(path, "lock") => {
                     Some("move it away; the lock's file is made again, in the run's directory itself".into())
                 }
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(
+                _ if self.is_full() => Some(
                     "free some space or prune older checkpoints; what was committed before is untouched"
                         .into(),
                 ),

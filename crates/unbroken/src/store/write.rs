@@ -824,14 +824,13 @@ impl Store {
 
     /// Says how much space a full disk would have needed.
     fn with_space(&self, mut error: Error, needed: u64) -> Error {
-        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let is_full = error.is_full();
         if let Error::Io {
-            source,
             needed_bytes,
             free_bytes,
             ..
         } = &mut error
-            && matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+            && is_full
         {
             *needed_bytes = Some(needed);
             *free_bytes = self.directory.free_bytes().ok();

@@ -50,6 +50,7 @@
 //! ```
 
 mod draws;
+mod full;
 mod loader;
 mod policy;
 mod proving;
@@ -59,6 +60,7 @@ mod stop;
 mod training;
 
 pub use draws::Draws;
+pub use full::OnFull;
 pub use loader::{Batch, Loader, Pass};
 pub use policy::Policy;
 pub use source::{Failure, Reseed, Sample, Source};

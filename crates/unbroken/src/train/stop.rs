@@ -36,6 +36,12 @@ impl Stop {
         Ok(())
     }
 
+    /// Does what a signal would, by its place in `NAMES`.
+    #[cfg(test)]
+    pub(super) fn request(&self, place: usize) {
+        self.flag.store(place + 1, Ordering::Relaxed);
+    }
+
     /// Name of the signal that came.
     pub(super) fn reason(&self) -> Option<&'static str> {
         self.flag

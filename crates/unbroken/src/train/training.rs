@@ -3,13 +3,14 @@
 //! Touches: the run directory through [`Run`]; the environment variables `UNBROKEN_JOURNAL` and `UNBROKEN_ALLOW`, and
 //! those of a proof; the registered generators, before each step and at each epoch's end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::draws::Draws;
+use super::full::{FullDisk, OnFull, Then};
 use super::loader::{Batch, Loader};
 use super::policy::Policy;
 use super::proving::Instructions;
@@ -19,6 +20,7 @@ use super::stop::Stop;
 use crate::digest::{Digest, Fingerprint};
 use crate::error::{Error, Result};
 use crate::format::journal::Component;
+use crate::journal::Boundary;
 use crate::key;
 use crate::run::{self, Difference, Run};
 use crate::state::Value;
@@ -29,6 +31,9 @@ use crate::store::{Checkpoint, Commit, Compression, Retention, Tuning};
 const IN_EPOCH: u8 = 0;
 const BETWEEN_EPOCHS: u8 = 1;
 const FINISHED: u8 = 2;
+
+/// So many records are kept at most that a full disk does not take.
+const MOST_UNWRITTEN: usize = 10_000;
 
 /// The largest program that is digested, in bytes: reading it must not be felt.
 const MAX_PROGRAM: u64 = 256 << 20;
@@ -58,6 +63,7 @@ pub struct Options {
     allow: Vec<String>,
     generators: Vec<(String, Box<dyn Reseed>)>,
     strict: bool,
+    on_full: OnFull,
     go_on_after_divergence: bool,
     obey_signals: bool,
 }
@@ -80,6 +86,7 @@ impl Training {
             allow: Vec::new(),
             generators: Vec::new(),
             strict: false,
+            on_full: OnFull::Stop,
             go_on_after_divergence: false,
             obey_signals: true,
         }
@@ -141,6 +148,11 @@ impl Options {
     /// Refuses a damaged newest checkpoint instead of falling back to the next older one.
     pub fn strict(self) -> Options {
         Options { strict: true, ..self }
+    }
+
+    /// What a full disk means; by default the training ends with the error.
+    pub fn on_full(self, on_full: OnFull) -> Options {
+        Options { on_full, ..self }
     }
 
     /// Marks the run instead of ending it when a step executed again differs from the journal.
@@ -307,6 +319,9 @@ pub struct Training {
     proof: Instructions,
     pin_next: bool,
     replayed: u64,
+    full: FullDisk,
+    /// Records that a full disk did not take, in their order.
+    unwritten: VecDeque<Boundary>,
     /// What the state's parts had at the last boundary: it tells where a window will lie.
     sizes: Sizes,
 }
@@ -328,6 +343,8 @@ impl Training {
         );
         identity.extend(options.identity.iter().cloned());
         Training {
+            full: FullDisk::new(options.on_full),
+            unwritten: VecDeque::new(),
             options,
             run,
             place: Place::default(),
@@ -355,7 +372,7 @@ impl Training {
             self.obey_signals()?;
             // What makes its first numbers when they are first read makes the same ones in every run of this seed.
             self.reseed("start")?;
-            self.commit(IN_EPOCH, state)?;
+            self.commit(IN_EPOCH, state, true)?;
             self.proof.reached("saved", 0);
             return Ok(());
         };
@@ -384,7 +401,7 @@ impl Training {
             } else {
                 BETWEEN_EPOCHS
             };
-            self.commit(phase, state)?;
+            self.commit(phase, state, true)?;
         }
         Ok(())
     }
@@ -712,11 +729,9 @@ impl Training {
             position,
             ..
         } = self.place;
-        if let Some(difference) = self.run.record(step, phase, epoch, position, components)? {
-            self.diverged(difference)?;
-        } else if phase == IN_EPOCH && step <= self.run.recorded_until() {
-            self.replayed += 1;
-        }
+        self.unwritten
+            .push_back(Boundary::new(step, phase, epoch, position, components));
+        self.record()?;
         let in_epoch = phase == IN_EPOCH;
         if in_epoch {
             self.proof.reached("step", step);
@@ -730,7 +745,7 @@ impl Training {
         let proven = in_epoch && self.proof.steps.is_some_and(|steps| step >= steps);
         let reason = self.stop.reason().or(proven.then_some("the last step to prove"));
         if reason.is_some() || self.is_due(phase) {
-            self.commit(phase, state)?;
+            self.commit(phase, state, reason.is_some())?;
             if in_epoch {
                 self.proof.reached("saved", step);
             }
@@ -747,6 +762,33 @@ impl Training {
                 })
             }
         }
+    }
+
+    /// Writes the records that there are, as far as a full disk takes them.
+    fn record(&mut self) -> Result<()> {
+        while let Err(error) = self.write_records() {
+            let required = self.unwritten.len() > MOST_UNWRITTEN;
+            match self.full.refused(error, required, &self.stop, &mut self.notes)? {
+                Then::Again => {}
+                Then::Without => return Ok(()),
+            }
+        }
+        self.full.took(&mut self.notes);
+        Ok(())
+    }
+
+    fn write_records(&mut self) -> Result<()> {
+        while let Some(boundary) = self.unwritten.front() {
+            let (step, phase) = (boundary.step, boundary.phase);
+            let difference = self.run.record_boundary(boundary)?;
+            self.unwritten.pop_front();
+            if let Some(difference) = difference {
+                self.diverged(difference)?;
+            } else if phase == IN_EPOCH && step <= self.run.recorded_until() {
+                self.replayed += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Digests of the state for this boundary's record.
@@ -789,10 +831,20 @@ impl Training {
             ("expected".to_owned(), Value::Str(expected.clone())),
             ("found".to_owned(), Value::Str(found.clone())),
         ];
-        self.run.event("diverged", step, fields)?;
+        let told = self.run.event("diverged", step, fields);
         if self.options.go_on_after_divergence {
-            return Ok(());
+            return match told {
+                Err(error) if error.is_full() => {
+                    let what =
+                        format!("step {step} differs in {component}: {expected} was recorded, {found} found");
+                    self.notes
+                        .push(format!("{what}; the journal had no room for it: {error}"));
+                    Ok(())
+                }
+                told => told,
+            };
         }
+        // Whatever became of the word about it: a full disk must not hide it.
         Err(Error::Diverged {
             path: self.options.path.clone(),
             step,
@@ -819,7 +871,7 @@ impl Training {
             return Ok(());
         }
         self.place.finished = true;
-        self.commit(FINISHED, state)
+        self.commit(FINISHED, state, true)
     }
 
     fn leave_epoch_if_open(&mut self) -> Result<()> {
@@ -830,8 +882,30 @@ impl Training {
         }
     }
 
-    fn commit(&mut self, phase: u8, state: &mut dyn Stateful) -> Result<()> {
+    /// Saves this boundary; one that is not required may be left out where the disk is full.
+    fn commit(&mut self, phase: u8, state: &mut dyn Stateful, required: bool) -> Result<()> {
         self.proof.reached("saving", self.place.step);
+        let saved = loop {
+            match self.try_to_commit(phase, state) {
+                Ok(()) => break true,
+                Err(error) => match self.full.refused(error, required, &self.stop, &mut self.notes)? {
+                    Then::Again => {}
+                    Then::Without => break false,
+                },
+            }
+        };
+        self.last_commit = Instant::now();
+        if saved {
+            self.pin_next = false;
+            self.full.took(&mut self.notes);
+            self.run.prune(&self.options.keep, false)?;
+            self.notes.extend(self.run.take_notices());
+        }
+        Ok(())
+    }
+
+    fn try_to_commit(&mut self, phase: u8, state: &mut dyn Stateful) -> Result<()> {
+        self.write_records()?;
         let mut writer = StateWriter::new(Wanted::All, Sizes::default());
         state.state(&mut writer)?;
         let (objects, storages) = writer.finish()?;
@@ -857,13 +931,9 @@ impl Training {
                 .iter()
                 .map(|(name, value)| (name.clone(), *value))
                 .collect(),
-            pinned: std::mem::take(&mut self.pin_next),
+            pinned: self.pin_next,
         };
-        self.run.commit(commit)?;
-        self.last_commit = Instant::now();
-        self.run.prune(&self.options.keep, false)?;
-        self.notes.extend(self.run.take_notices());
-        Ok(())
+        self.run.commit(commit).map(drop)
     }
 }
 
@@ -1032,8 +1102,190 @@ fn cpu_features() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::faulty::FaultyStorage;
+    use crate::storage::faulty::{Fault, FaultyStorage};
     use crate::storage::memory::MemoryStorage;
+    use crate::train::{Failure, Sample, Source};
+
+    struct Numbers;
+
+    impl Source for Numbers {
+        type Item = f32;
+
+        fn len(&self) -> u64 {
+            40
+        }
+
+        fn at(&self, sample: &Sample) -> std::result::Result<f32, Failure> {
+            Ok(sample.index as f32)
+        }
+    }
+
+    /// A training with a save at each step, on a disk that can break.
+    struct Trial {
+        _place: tempfile::TempDir,
+        path: PathBuf,
+        disk: FaultyStorage,
+    }
+
+    impl Trial {
+        fn new() -> Trial {
+            let place = tempfile::tempdir().unwrap();
+            let path = place.path().join("run");
+            let disk = FaultyStorage::new(Arc::new(DiskStorage::create(&path).unwrap()));
+            Trial {
+                _place: place,
+                path,
+                disk,
+            }
+        }
+
+        fn start(&self, on_full: OnFull, net: &mut Net) -> Training {
+            let options = Training::at(&self.path)
+                .seed(1)
+                .on_full(on_full)
+                .leave_signals_alone();
+            let options = options.policy(Policy::every_steps(1)).keep(Retention::default());
+            let open = |_: &Path, options: &run::Options, into: &mut dyn run::Memory| {
+                Run::open_on_filling(Arc::new(self.disk.clone()), options, into)
+            };
+            options.start_in(Instructions::default(), net, open).unwrap()
+        }
+
+        /// Trains to the end; `before` is called before each step's commit.
+        fn train(
+            &self,
+            on_full: OnFull,
+            mut before: impl FnMut(&Trial, u64, &mut Training),
+        ) -> Result<Vec<String>> {
+            let mut net = net();
+            let mut training = self.start(on_full, &mut net);
+            let mut loader = Loader::new(Numbers, 4);
+            while training.next_epoch(&mut net)?.is_some() {
+                while let Some(mut step) = training.next_step(&mut loader)? {
+                    for number in step.take() {
+                        net.0[0] += number;
+                    }
+                    let number = step.number();
+                    before(self, number, step.training);
+                    step.commit(&mut net)?;
+                }
+            }
+            Ok(training.notes().to_vec())
+        }
+
+        /// Boundaries with what was recorded of them, whichever life did, and the steps that were saved.
+        fn found(&self) -> (Vec<Boundary>, Vec<u64>) {
+            let mut boundaries = run::read_journal(&self.path).unwrap().boundaries;
+            boundaries.iter_mut().for_each(|boundary| boundary.lives.clear());
+            let saved = run::read_run(&self.path).unwrap().checkpoints;
+            (boundaries, saved.iter().map(|saved| saved.info().step).collect())
+        }
+    }
+
+    #[test]
+    fn a_training_ends_where_the_disk_is_full_unless_it_was_told_otherwise() {
+        let trial = Trial::new();
+        let fill = |trial: &Trial, number, _: &mut Training| {
+            if number == 4 {
+                trial.disk.fail_at(0, Fault::NoSpace);
+            }
+        };
+        assert!(trial.train(OnFull::Stop, fill).unwrap_err().is_full());
+        trial.disk.heal();
+        trial.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        let undisturbed = Trial::new();
+        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        assert_eq!(trial.found().0, undisturbed.found().0);
+    }
+
+    #[test]
+    fn a_training_that_goes_on_writes_what_a_full_disk_did_not_take_when_there_is_room() {
+        let trial = Trial::new();
+        let fill = |trial: &Trial, number, _: &mut Training| match number {
+            3 => trial.disk.fail_at(0, Fault::NoSpace),
+            6 => trial.disk.heal(),
+            _ => {}
+        };
+        let notes = trial.train(OnFull::GoOn, fill).unwrap();
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(notes[0].contains("training goes on") && notes[1] == "there is room on the disk again");
+        let undisturbed = Trial::new();
+        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        let (boundaries, saved) = trial.found();
+        assert_eq!(boundaries, undisturbed.found().0);
+        assert!([3, 4, 5].iter().all(|step| !saved.contains(step)), "{saved:?}");
+        assert!([2, 6, 10].iter().all(|step| saved.contains(step)), "{saved:?}");
+    }
+
+    #[test]
+    fn a_training_that_goes_on_does_not_end_without_its_last_checkpoint() {
+        let trial = Trial::new();
+        let fill = |trial: &Trial, number, _: &mut Training| {
+            if number == 5 {
+                trial.disk.fail_at(0, Fault::NoSpace);
+            }
+        };
+        assert!(trial.train(OnFull::GoOn, fill).unwrap_err().is_full());
+        trial.disk.heal();
+        trial.train(OnFull::GoOn, |_, _, _| ()).unwrap();
+        let undisturbed = Trial::new();
+        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        assert_eq!(trial.found().0, undisturbed.found().0);
+    }
+
+    #[test]
+    fn a_training_that_waits_goes_on_by_itself_when_there_is_room() {
+        let trial = Trial::new();
+        let fill = |trial: &Trial, number, _: &mut Training| {
+            if number == 3 {
+                trial.disk.fail_at(0, Fault::NoSpace);
+                let disk = trial.disk.clone();
+                std::thread::spawn(move || {
+                    while disk.failed().is_empty() {
+                        std::thread::yield_now();
+                    }
+                    disk.heal();
+                });
+            }
+        };
+        let notes = trial.train(OnFull::Wait, fill).unwrap();
+        assert!(notes[0].contains("training waits for room"), "{notes:?}");
+        let undisturbed = Trial::new();
+        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        assert_eq!(trial.found(), undisturbed.found());
+    }
+
+    #[test]
+    fn a_stop_request_ends_the_wait_for_room() {
+        let trial = Trial::new();
+        let fill = |trial: &Trial, number, training: &mut Training| {
+            if number == 3 {
+                trial.disk.fail_at(0, Fault::NoSpace);
+                training.stop.request(0);
+            }
+        };
+        assert!(trial.train(OnFull::Wait, fill).unwrap_err().is_full());
+    }
+
+    #[test]
+    fn a_full_disk_does_not_hide_that_a_step_differs() {
+        let trial = Trial::new();
+        let logging = |loss: f64| {
+            move |trial: &Trial, number, training: &mut Training| {
+                training.log("loss", loss);
+                if number == 4 {
+                    trial.disk.fail_at(1, Fault::NoSpace); // Its record is written, and nothing behind it.
+                }
+            }
+        };
+        assert!(trial.train(OnFull::Stop, logging(1.0)).unwrap_err().is_full());
+        trial.disk.heal();
+        let error = trial.train(OnFull::GoOn, logging(2.0)).unwrap_err();
+        assert!(
+            matches!(&error, Error::Diverged { step: 4, component, .. } if component == "log/loss"),
+            "{error:?}"
+        );
+    }
 
     /// Two tensors and a number. The first is asked for twice.
     #[derive(Debug)]
@@ -1054,6 +1306,10 @@ mod tests {
         }
     }
 
+    fn net() -> Net {
+        Net([1.5, -0.0, f32::NAN, 3.0, 4.0], (0..900).collect(), 7)
+    }
+
     #[test]
     fn a_resume_reads_each_tensor_once() {
         let memory = Arc::new(FaultyStorage::new(Arc::new(MemoryStorage::new())));
@@ -1064,7 +1320,6 @@ mod tests {
             };
             options.start_in(Instructions::default(), net, open).unwrap()
         };
-        let net = || Net([1.5, -0.0, f32::NAN, 3.0, 4.0], (0..900).collect(), 7);
         drop(start(&mut net()));
         let reads = || {
             let operations = memory.operations();
