@@ -585,7 +585,7 @@ def test_an_unusual_tensor_among_others_keeps_its_place():
     optimizer.state.update(
         {p: {"momentum_buffer": p.detach().clone()} for p in parameters if p is not usual[2]}
     )
-    optimizer.state[usual[1]]["count"] = 3
+    optimizer.state[usual[1]].update(count=3, last=[0.5])
     usual[3].grad = torch.ones(3, 2)
     captured = snapshot.capture({"model": parameters, "optimizer": optimizer})
     tree = Memory(captured).tree
@@ -595,6 +595,7 @@ def test_an_unusual_tensor_among_others_keeps_its_place():
     assert [model["parameters"][name].storage for name in names] == [0, 1, 2, 3, 4, 5]
     assert [name for name in names if model["gradients"][name] is not None] == ["5"]
     assert [name.rpartition(".")[2] for name in state] == ["0", "2", "5", "1", "3"]
+    assert list(state.values())[1]["last"] == [0.5]
     assert [type(parts["momentum_buffer"]) for parts in state.values()] == [_core.Tensor] * 5
     assert list(state.values())[1]["count"] == 3
 

@@ -320,10 +320,10 @@ class Regions:
     ) -> int:
         """Put what an optimizer has for each parameter into `lowered`, by name, from number `first` on.
 
-        `state` has it by the parameters' `id`; some may have none. In it is what `lone_leaf` gives for each value, by its
-        key. Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a
-        tensor that has a name or no plain tensor at all, or has a key that is no ASCII text. How many there are where there
-        is no such.
+        `state` has it by the parameters' `id`; some may have none. In it is what `lone_leaf` gives for each tensor, by its
+        key, and plain values as they are. Returns the number of the first parameter whose state is anything else than a
+        dict of those: one is a tensor that has a name, or something else, or has a key that is no ASCII text. How many
+        there are where there is no such.
         """
     def settled(self) -> None:
         """Take note that all leaves were made: what is the same in the next capture is not made again."""

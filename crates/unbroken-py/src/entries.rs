@@ -83,7 +83,7 @@ impl Entries {
 }
 
 /// Whether a value is lowered to itself, whoever lowers it.
-fn is_plain_throughout(value: &Bound<'_, PyAny>) -> bool {
+pub(crate) fn is_plain_throughout(value: &Bound<'_, PyAny>) -> bool {
     if let Ok(text) = value.cast_exact::<PyString>() {
         return text.to_str().is_ok();
     }

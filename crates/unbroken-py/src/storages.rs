@@ -16,7 +16,7 @@ use unbroken::state;
 use unbroken::store::contiguous;
 
 use crate::dlpack::{Exchange, View};
-use crate::entries::Entries;
+use crate::entries::{Entries, is_plain_throughout};
 use crate::leaf::Tensor;
 use crate::memory::check_region;
 use crate::method::Method;
@@ -267,9 +267,9 @@ impl Regions {
     /// Put what an optimizer has for each of its parameters into `lowered`, by their names, from number `first` on: dicts
     /// with what `lone_leaf` gives for each value. `state` has it by the parameters' `id`; some may have none.
     ///
-    /// Returns the number of the first parameter whose state is anything else than a dict of such tensors: one is a tensor
-    /// that has a name or no plain tensor at all, or has a key that is no ASCII text. How many there are where all of them
-    /// are usual.
+    /// Returns the number of the first parameter whose state is anything else than a dict of such tensors and plain values:
+    /// one is a tensor that has a name, or something else, or has a key that is no ASCII text. How many there are where all
+    /// of them are usual.
     fn lone_states(
         &mut self,
         names: &Bound<'_, PyList>,
@@ -389,8 +389,8 @@ impl Regions {
         Ok(true)
     }
 
-    /// A dict with what `lone_leaf` gives for each value, by its key. None where it gives None for one, where one is a
-    /// tensor that has a name or no plain tensor at all, or its key is no ASCII text.
+    /// A dict with what `lone_leaf` gives for each tensor, by its key, and plain values as they are. None where it gives
+    /// None for one, where one is a tensor that has a name or anything else, or its key is no ASCII text.
     fn lone_leaves(
         &mut self,
         reader: &TensorReader,
@@ -403,6 +403,10 @@ impl Regions {
                 Ok(Ok(key)) if key.is_ascii() => key,
                 _ => return Ok(None),
             };
+            if is_plain_throughout(&value) {
+                leaves.push((Value::Str(key.to_owned()), from_python(&value)?)); // Such as a count of steps.
+                continue;
+            }
             if !value.get_type().is(&reader.tensor) || named.has(&value) {
                 return Ok(None);
             }
