@@ -1,17 +1,19 @@
 """What runs inside a loader's worker, or in the main process where there are no workers.
 
-Touches: in a worker, its process's global generators and the worker's copies of the data set and of the collate
-function; `torch.utils.data.get_worker_info().dataset`, which is set to the user's own data set. In the main
-process nothing is reported and nothing is installed.
+Touches: in a worker, its process's global generators, what tells it that its parent is gone, and the worker's
+copies of the data set and of the collate function; `torch.utils.data.get_worker_info().dataset`, which is set to
+the user's own data set. In the main process nothing is reported and nothing is installed.
 
 torch sees three objects of ours, all at its public seams: a data set with `__getitems__`, a collate function and
 a worker_init_fn. They hold the user's own, and are pickled under spawn and forkserver.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils import worker
 
 from unbroken import _core
 from unbroken.torch import rng
@@ -191,6 +193,7 @@ class InitProxy:
     def __call__(self, number: int) -> None:
         """Begin the worker with this number."""
         global _runtime
+        _end_with_parent()
         info = get_worker_info()
         assert info is not None, "torch calls worker_init_fn in a worker"
         stand_in: Any = info.dataset
@@ -204,6 +207,27 @@ class InitProxy:
         # An iterable data set's state_dict travels beside the report: it has to be loaded before `iter`.
         hooks = not isinstance(self.collate, IterableCollateProxy)
         _runtime = Runtime(number, dataset, self.collate.collate, hooks=hooks)
+
+
+def _end_with_parent() -> None:
+    """See to it that this worker ends with the process that made it, whenever that is killed.
+
+    torch's worker asks who its parent is when it is set up, for the first time. One whose parent was killed before
+    takes whoever adopted it for its parent, waits for work forever, and holds the training's output open.
+    """
+    parent = multiprocessing.parent_process()
+    # A fork server is another process than the one that asked it.
+    direct = getattr(multiprocessing.current_process(), "_start_method", None) in ("fork", "spawn")
+    usual = getattr(worker, "ManagerWatchdog", None)
+    if parent is None or usual is None or not direct:
+        return
+
+    def watchdog() -> Any:
+        made = usual()
+        made.manager_pid = parent.pid
+        return made
+
+    setattr(worker, "ManagerWatchdog", watchdog)  # noqa: B010 it is a class to the type checker
 
 
 # Iterable data sets: with a state of their own, or in workers that outlive an epoch.
