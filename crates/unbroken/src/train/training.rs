@@ -1182,6 +1182,13 @@ mod tests {
         }
     }
 
+    /// What is found of a training that nothing happened to.
+    fn undisturbed() -> (Vec<Boundary>, Vec<u64>) {
+        let trial = Trial::new();
+        trial.train(OnFull::Stop, |_, _, _| ()).unwrap();
+        trial.found()
+    }
+
     #[test]
     fn a_training_ends_where_the_disk_is_full_unless_it_was_told_otherwise() {
         let trial = Trial::new();
@@ -1193,9 +1200,7 @@ mod tests {
         assert!(trial.train(OnFull::Stop, fill).unwrap_err().is_full());
         trial.disk.heal();
         trial.train(OnFull::Stop, |_, _, _| ()).unwrap();
-        let undisturbed = Trial::new();
-        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
-        assert_eq!(trial.found().0, undisturbed.found().0);
+        assert_eq!(trial.found().0, undisturbed().0);
     }
 
     #[test]
@@ -1209,10 +1214,8 @@ mod tests {
         let notes = trial.train(OnFull::GoOn, fill).unwrap();
         assert_eq!(notes.len(), 2, "{notes:?}");
         assert!(notes[0].contains("training goes on") && notes[1] == "there is room on the disk again");
-        let undisturbed = Trial::new();
-        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
         let (boundaries, saved) = trial.found();
-        assert_eq!(boundaries, undisturbed.found().0);
+        assert_eq!(boundaries, undisturbed().0);
         assert!([3, 4, 5].iter().all(|step| !saved.contains(step)), "{saved:?}");
         assert!([2, 6, 10].iter().all(|step| saved.contains(step)), "{saved:?}");
     }
@@ -1228,9 +1231,7 @@ mod tests {
         assert!(trial.train(OnFull::GoOn, fill).unwrap_err().is_full());
         trial.disk.heal();
         trial.train(OnFull::GoOn, |_, _, _| ()).unwrap();
-        let undisturbed = Trial::new();
-        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
-        assert_eq!(trial.found().0, undisturbed.found().0);
+        assert_eq!(trial.found().0, undisturbed().0);
     }
 
     #[test]
@@ -1250,9 +1251,7 @@ mod tests {
         };
         let notes = trial.train(OnFull::Wait, fill).unwrap();
         assert!(notes[0].contains("training waits for room"), "{notes:?}");
-        let undisturbed = Trial::new();
-        undisturbed.train(OnFull::Stop, |_, _, _| ()).unwrap();
-        assert_eq!(trial.found(), undisturbed.found());
+        assert_eq!(trial.found(), undisturbed());
     }
 
     #[test]
