@@ -43,7 +43,8 @@ impl Entries {
     }
 
     /// Add the entries of a dict, from number `first` on, up to one whose key or value is not plain: None, a bool, a
-    /// number, a text that UTF-8 can carry, bytes, or a tuple of such without text. Returns its number, or how many there are.
+    /// number, a text that UTF-8 can carry, bytes, or a tuple of such without text. Returns its number, or how many there
+    /// are.
     fn take_plain(&mut self, found: &Bound<'_, PyDict>, first: usize) -> PyResult<usize> {
         for (at, (key, value)) in found.iter().enumerate().skip(first) {
             if !is_plain_throughout(&key) || !is_plain_throughout(&value) {
