@@ -576,7 +576,18 @@ impl Run {
             _ => None,
         };
         let journal_head = self.durable_head(step, phase)?;
+        let outline = OnceLock::new();
+        let find_outline = |checkpoint: &Checkpoint| {
+            let tree = checkpoint.tree();
+            let nodes = checkpoint.form().nodes.get_or_init(|| nodes_of(tree));
+            outline.get_or_init(|| outline_with(Arc::clone(nodes), tree, &checkpoint.storages(), &storages));
+        };
+        let beside = Beside {
+            meanwhile: Some(&find_outline),
+            ..beside
+        };
         let checkpoint = store.commit(commit, self.life, now(), journal_head, beside)?;
+        let outline = outline.into_inner().expect("it was found meanwhile");
         *guard(&self.listed) = store.checkpoints();
         let durable = Instant::now();
         let saved = Saved {
@@ -587,9 +598,6 @@ impl Run {
             size_bytes: checkpoint.info().size_bytes,
             new_bytes: checkpoint.info().new_bytes,
         };
-        let tree = checkpoint.tree();
-        let nodes = checkpoint.form().nodes.get_or_init(|| nodes_of(tree));
-        let outline = outline_with(Arc::clone(nodes), tree, &checkpoint.storages(), &storages);
         if let Pen::Writing { writer, .. } = &mut *guard(&self.journal) {
             writer.forget_before(step, phase);
             // The checkpoint is there, whatever becomes of the word about it: a journal that cannot be written is an

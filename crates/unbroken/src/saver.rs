@@ -198,6 +198,7 @@ impl Task {
         let beside = Beside {
             known,
             is_sound: Some(is_sound),
+            ..Beside::default()
         };
         let checkpoint = self.run.commit_with(commit, beside)?;
         if let Some(keep) = save.keep {

@@ -175,7 +175,7 @@ impl Checkpoint {
     }
 
     /// What follows from the form of its tree.
-    pub(crate) fn form(&self) -> &Form {
+    pub(crate) fn form(&self) -> &Arc<Form> {
         &self.form
     }
 

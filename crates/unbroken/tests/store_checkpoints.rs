@@ -4,19 +4,20 @@
 
 mod world;
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
 use unbroken::cause::Change;
-use unbroken::error::Error;
+use unbroken::error::{Error, Result};
 use unbroken::localise::{State, compare_states};
 use unbroken::run::{Options, Run, read_checkpoint, read_journal, read_run};
 use unbroken::state::Value;
 use unbroken::storage::Storage;
 use unbroken::storage::faulty::{Fault, FaultyStorage};
 use unbroken::storage::memory::{Leftovers, MemoryStorage};
-use unbroken::store::{Best, Order, Retention};
+use unbroken::store::{Best, CheckpointInfo, Commit, Order, Retention};
 use world::{
     FROZEN, assert_exact, commit_at, commit_with, components, files_in, leaf, of_tree, open, resumed_step,
     run_in_memory, shared, storages, train, tree,
@@ -146,6 +147,87 @@ fn thousands_of_small_tensors_are_written_with_few_calls() {
     run.close().unwrap();
     let run = open(&(Arc::new(faulty) as Arc<dyn Storage>)).unwrap();
     assert_eq!(run.resumed_from().unwrap().read(2999).unwrap(), bytes[2999]);
+}
+
+/// Commits thousands of small tensors, all of which have changed.
+fn commit_many(run: &Run, step: u64, change: impl FnOnce(&mut Commit<&[u8]>)) -> Result<CheckpointInfo> {
+    let bytes: Vec<Vec<u8>> = (0..2000u64).map(|index| many_bytes(step, index)).collect();
+    let tree = Value::List((0..2000).map(|index| leaf(index, 10)).collect());
+    let mut commit = of_tree(step, tree, bytes.iter().map(Vec::as_slice).collect());
+    change(&mut commit);
+    run.commit(commit)
+}
+
+fn many_bytes(step: u64, index: u64) -> Vec<u8> {
+    (step * 1_000_000 + index).to_le_bytes().repeat(5)
+}
+
+#[test]
+fn thousands_of_tensors_that_the_format_refuses_in_a_form_that_it_knows_leave_nothing_behind() {
+    let memory = MemoryStorage::new();
+    let run = open(&shared(&memory)).unwrap();
+    run.begin().unwrap();
+    for step in 0..2 {
+        commit_many(&run, step, |_| ()).unwrap();
+    }
+    let before = memory.files();
+    let refused = commit_many(&run, 2, |commit| {
+        commit.environment = vec![("tensor".to_owned(), leaf(0, 10))];
+    });
+    assert!(refused.unwrap_err().to_string().contains("storage 0 of 0"));
+    for dir in ["tmp", "objects", "checkpoints"] {
+        let names = |memory: &BTreeMap<String, Vec<u8>>| -> Vec<String> {
+            memory
+                .keys()
+                .filter(|name| name.starts_with(dir))
+                .cloned()
+                .collect()
+        };
+        assert_eq!(names(&memory.files()), names(&before));
+    }
+    commit_many(&run, 2, |_| ()).unwrap();
+    run.close().unwrap();
+    let run = open(&shared(&memory)).unwrap();
+    assert_eq!(
+        run.resumed_from().unwrap().read(1999).unwrap(),
+        many_bytes(2, 1999)
+    );
+}
+
+#[test]
+fn an_operation_that_fails_while_thousands_of_tensors_are_saved_costs_that_save_only() {
+    for index in 0.. {
+        let memory = MemoryStorage::new();
+        let faulty = FaultyStorage::new(Arc::new(memory.clone()));
+        let run = open(&(Arc::new(faulty.clone()) as Arc<dyn Storage>)).unwrap();
+        run.begin().unwrap();
+        for step in 0..2 {
+            commit_many(&run, step, |_| ()).unwrap();
+        }
+        faulty.fail_at(index, Fault::Device);
+        let outcome = commit_many(&run, 2, |_| ());
+        let operations = faulty.operations();
+        let story = format!("operation {index} of {operations:?}: {outcome:?}");
+        faulty.heal();
+        if outcome.is_err() {
+            let other = open(&shared(&memory.fork())).unwrap();
+            assert_eq!(resumed_step(&other), Some(1), "{story}");
+            other.resumed_from().unwrap().verify().unwrap();
+            commit_many(&run, 2, |_| ()).unwrap_or_else(|error| panic!("{story}: {error}"));
+        }
+        assert!(files_in(&memory, "tmp").is_empty(), "{story}");
+        let memory = memory.after_power_cut(Leftovers::Nothing);
+        let run = open(&shared(&memory)).unwrap();
+        assert_eq!(resumed_step(&run), Some(2), "{story}");
+        assert_eq!(
+            run.resumed_from().unwrap().read(1999).unwrap(),
+            many_bytes(2, 1999)
+        );
+        if operations.len() <= index {
+            assert!(outcome.is_ok() && index > 10, "{story}");
+            break;
+        }
+    }
 }
 
 #[test]

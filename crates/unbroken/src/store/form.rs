@@ -4,7 +4,7 @@
 //! Touches: nothing. A form is a tree's without its plain values; whether another tree has it is decided by comparing
 //! all of it, each time.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::pack_tensors;
 use crate::format::manifest::Manifest;
@@ -24,8 +24,14 @@ pub(crate) struct Form {
     first: Arc<Manifest>,
     /// The nodes of its outline, once somebody needed them.
     pub(crate) nodes: OnceLock<Arc<Vec<Node>>>,
-    /// The packs of the last commit.
-    packs: Mutex<Vec<Packed>>,
+    /// What the last commit wrote.
+    last: Mutex<Last>,
+}
+
+#[derive(Debug, Default)]
+struct Last {
+    packs: Vec<Packed>,
+    manifest_bytes: u64,
 }
 
 /// A pack's layout, and what else than the form it follows from.
@@ -41,7 +47,7 @@ impl Form {
         Arc::new(Form {
             first,
             nodes: OnceLock::new(),
-            packs: Mutex::default(),
+            last: Mutex::default(),
         })
     }
 
@@ -50,17 +56,27 @@ impl Form {
         alike(&self.first.tree, tree, value::MAX_DEPTH)
     }
 
-    /// Takes note of what a commit packed.
-    pub(super) fn note(&self, packs: Vec<Packed>) {
-        *self.packs.lock().expect("nothing panics with it") = packs;
+    /// Takes note of what a commit packed, and how long its manifest was.
+    pub(super) fn note(&self, packs: Vec<Packed>, manifest_bytes: u64) {
+        *self.last() = Last {
+            packs,
+            manifest_bytes,
+        };
+    }
+
+    /// How long the last commit's manifest was; 0 where there was none.
+    pub(super) fn manifest_bytes(&self) -> u64 {
+        self.last().manifest_bytes
     }
 
     fn packed(&self, shown: &[Shown], lengths: &[u64]) -> Option<Packed> {
-        let packs = self.packs.lock().expect("nothing panics with it");
-        let found = packs
-            .iter()
-            .find(|packed| packed.shown == shown && packed.lengths == lengths);
-        found.cloned()
+        let last = self.last();
+        let as_then = |packed: &&Packed| packed.shown == shown && packed.lengths == lengths;
+        last.packs.iter().find(as_then).cloned()
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().expect("nothing panics with it")
     }
 }
 
@@ -252,7 +268,7 @@ mod tests {
             pack_as_before(form, &tree, &storages, shown.to_vec()).unwrap()
         };
         let both: [Shown; 2] = [(0, None), (1, None)];
-        form.note(vec![pack(None, [long, long], &both)]);
+        form.note(vec![pack(None, [long, long], &both)], 0);
         let again = pack(Some(&*form), [long, long], &both);
         assert!(Arc::ptr_eq(
             &again.layout,

@@ -1,4 +1,4 @@
-//! Many items of work on several threads: reading, hashing, coding.
+//! Work on several threads: reading, hashing, coding many things, or two things at once.
 //!
 //! Touches: nothing of its own.
 
@@ -51,5 +51,24 @@ pub(super) fn each_in_parallel<S: Default, T: Send>(
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             outcome.and(theirs)
         })
+    })
+}
+
+/// Does two things and returns what came of both: at once, the first one on a thread of its own, if that pays.
+pub(super) fn both<A: Send, B>(
+    pays: bool,
+    first: impl FnOnce() -> A + Send,
+    second: impl FnOnce() -> B,
+) -> (A, B) {
+    if !pays {
+        return (first(), second());
+    }
+    std::thread::scope(|scope| {
+        let helper = scope.spawn(first);
+        let own = second();
+        let theirs = helper
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (theirs, own)
     })
 }

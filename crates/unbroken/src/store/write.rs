@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use super::compression::{Against, Bases, Candidate, Compressed, Made, compress, memory_for, widths};
 use super::form::{Form, Packed, pack_as_before};
+use super::parallel::both;
 use super::read::{digest_all, is_there, open_pack};
 use super::renewal::{Chunks, Renewal, chunk_size, digests_of, settle};
 use super::{
@@ -75,6 +76,8 @@ pub(crate) struct Beside<'a> {
     pub known: Vec<(usize, Digested)>,
     /// Whether what was read is what was to be saved. Asked when all of it was read, before a manifest names it.
     pub is_sound: Option<&'a dyn Fn() -> bool>,
+    /// What is to be done with the checkpoint while the disk is waited for, which may still fail.
+    pub meanwhile: Option<&'a (dyn Fn(&Checkpoint) + Sync)>,
 }
 
 /// What digesting a storage has told.
@@ -85,6 +88,9 @@ pub(crate) struct Digested {
     /// Of a large one.
     chunks: Option<Chunks>,
 }
+
+/// So many storages take milliseconds to be described, which pays for a thread.
+const MANY: usize = 1000;
 
 /// What becomes of a storage.
 enum Fate {
@@ -158,6 +164,13 @@ impl NewPack {
     fn layout(&self) -> &PackLayout {
         &self.packed.layout
     }
+}
+
+/// A file that is written, and waits for its name.
+struct Unnamed {
+    file: File,
+    temporary: String,
+    name: String,
 }
 
 /// What a commit will do.
@@ -264,12 +277,13 @@ impl Store {
         life: u32,
         created: String,
         journal_head: Digest,
-        beside: Beside,
+        mut beside: Beside,
     ) -> Result<Checkpoint> {
         self.remove_leftovers();
         let form = self.form.take().filter(|form| form.is_of(&commit.tree));
-        let mut plan = self.plan(&commit, beside.known, form.as_deref())?;
-        let mut manifest = Manifest {
+        let known = std::mem::take(&mut beside.known);
+        let mut plan = self.plan(&commit, known, form.as_deref())?;
+        let manifest = Manifest {
             run_id: self.run_id.clone(),
             step: commit.step,
             phase: commit.phase,
@@ -290,80 +304,130 @@ impl Store {
             journal_head,
             new_bytes: plan.new_bytes(),
         };
-        // Drafted before anything is written: what the format refuses costs no disk.
-        let draft = Draft::of(&manifest)?;
-        let needed = plan.new_bytes() + draft.length();
+        // What the format refuses costs no disk. Where it took the form before it refuses next to nothing, and is asked while
+        // the disk is busy.
+        let draft = match &form {
+            Some(_) if commit.storages.len() >= MANY => None,
+            _ => Some(Draft::of(&manifest)?),
+        };
+        let length = draft.as_ref().map(Draft::length);
+        let last = || form.as_ref().map_or(0, |form| form.manifest_bytes());
+        let needed = plan.new_bytes() + length.unwrap_or_else(last);
         self.check_space(needed)?;
 
         let mut made = Vec::new();
-        let published = self.publish_all(
-            (&mut manifest, draft),
-            &mut plan,
-            &commit.storages,
-            beside.is_sound,
-            &mut made,
-        );
-        let name = match published {
-            Ok(name) => name,
-            Err(error) => {
-                // Before measuring, so that the error tells the space there is and not the space there was.
-                self.leftovers.extend(made.into_iter().rev());
-                self.leftovers.extend(self.spare.take());
-                self.remove_leftovers();
-                return Err(self.with_space(error, needed));
-            }
-        };
-        self.bases = plan.made.take_base(&manifest).or_else(|| self.bases.take());
+        let state = (manifest, draft, form);
+        let (checkpoint, habits, length) =
+            match self.put_down(state, &mut plan, &commit.storages, beside, &mut made) {
+                Ok(committed) => committed,
+                Err(error) => {
+                    // Before measuring, so that the error tells the space there is and not the space there was.
+                    self.leftovers.extend(made.into_iter().rev());
+                    self.leftovers.extend(self.spare.take());
+                    self.remove_leftovers();
+                    return Err(self.with_space(error, needed));
+                }
+            };
+        self.bases = plan
+            .made
+            .take_base(checkpoint.manifest())
+            .or_else(|| self.bases.take());
         if let Some(bases) = &mut self.bases {
             bases.note(&plan.made);
         }
-        self.remember(&manifest.storages, &commit.storages, &plan.samples, plan.found);
-        let manifest = Arc::new(manifest);
-        let form = form.unwrap_or_else(|| Form::of(Arc::clone(&manifest)));
-        form.note(plan.new.into_iter().map(|new| new.packed).collect());
-        self.form = Some(Arc::clone(&form));
-        let checkpoint = Checkpoint::new(&self.directory, &name, manifest, form);
+        self.habits = habits;
+        self.forget_pieces();
+        let form = checkpoint.form();
+        form.note(plan.new.into_iter().map(|new| new.packed).collect(), length);
+        self.form = Some(Arc::clone(form));
         self.admit(&checkpoint, true);
         Ok(checkpoint)
     }
 
-    /// Puts packs and manifest in place, and returns the manifest's name. `made` receives each name as it comes to be.
-    fn publish_all(
+    /// Puts packs and manifest in place. Returns the checkpoint, what is known of its storages for the next commit, and the
+    /// manifest's length. `made` receives each name as it comes to be.
+    fn put_down(
         &mut self,
-        (manifest, draft): (&mut Manifest, Draft),
+        (mut manifest, draft, form): (Manifest, Option<Draft>, Option<Arc<Form>>),
         plan: &mut Plan,
         storages: &[Bytes],
-        is_sound: Option<&dyn Fn() -> bool>,
+        beside: Beside,
         made: &mut Vec<String>,
-    ) -> Result<String> {
-        let mut written = Vec::with_capacity(plan.new.len());
-        let largest = plan.new.iter().map(|new| new.layout().length).max();
-        for new in &plan.new {
-            let name = format!("{OBJECTS}/{}", plan.packs[new.number as usize].name);
-            let spare = self
-                .spare
-                .take_if(|_| largest == Some(new.layout().length) && largest >= Some(self.tuning.reuse_from));
-            let (temporary, file) = self.open_temporary(spare, made)?;
-            file.reserve(new.layout().length)?;
-            written.push(self.write_pack(&file, new, storages, &manifest.tree)?);
-            self.publish(&file, &temporary, &name, OBJECTS, made)?;
-        }
-        if is_sound.is_some_and(|is_sound| !is_sound()) {
+    ) -> Result<(Checkpoint, Vec<Habit>, u64)> {
+        let many = storages.len() >= MANY;
+        let (draft, packs) = both(
+            many && draft.is_none(),
+            || draft.map_or_else(|| Draft::of(&manifest), Ok),
+            || self.write_packs(plan, storages, &manifest.tree, made),
+        );
+        let draft = draft?;
+        let (packs, written): (Vec<Unnamed>, Vec<_>) = packs?.into_iter().unzip();
+        if beside.is_sound.is_some_and(|is_sound| !is_sound()) {
             return Err(Error::invalid("what is saved changed while it was being saved"));
         }
         plan.tell_digests(written, &mut manifest.storages);
         let (bytes, digest) = draft.finish(&manifest.storages);
         let name = manifest::checkpoint_name(manifest.step, manifest.phase, &digest);
-        let (temporary, mut file) = self.open_temporary(None, made)?;
-        file.write_all(&bytes)?;
-        self.publish(
-            &file,
-            &temporary,
-            &format!("{CHECKPOINTS}/{name}"),
-            CHECKPOINTS,
-            made,
-        )?;
-        Ok(name)
+        let manifest = Arc::new(manifest);
+        let form = form.unwrap_or_else(|| Form::of(Arc::clone(&manifest)));
+        let checkpoint = Checkpoint::new(&self.directory, &name, manifest, form);
+        let found = std::mem::take(&mut plan.found);
+        let (habits, published) = both(
+            many,
+            || {
+                if let Some(meanwhile) = beside.meanwhile {
+                    meanwhile(&checkpoint);
+                }
+                self.habits_of(checkpoint.manifest(), storages, &plan.samples, found)
+            },
+            || {
+                for pack in packs {
+                    self.publish(&pack, OBJECTS, made)?;
+                }
+                let (temporary, mut file) = self.create_temporary(made)?;
+                file.write_all(&bytes)?;
+                let name = format!("{CHECKPOINTS}/{name}");
+                self.publish(
+                    &Unnamed {
+                        file,
+                        temporary,
+                        name,
+                    },
+                    CHECKPOINTS,
+                    made,
+                )
+            },
+        );
+        published?;
+        Ok((checkpoint, habits, bytes.len() as u64))
+    }
+
+    /// Writes all packs, and returns them with what was found of each addition of each that is written whole.
+    fn write_packs(
+        &mut self,
+        plan: &Plan,
+        storages: &[Bytes],
+        tree: &Value,
+        made: &mut Vec<String>,
+    ) -> Result<Vec<(Unnamed, Vec<Option<Digested>>)>> {
+        let mut packs = Vec::new();
+        let largest = plan.new.iter().map(|new| new.layout().length).max();
+        for new in &plan.new {
+            let spare = self
+                .spare
+                .take_if(|_| largest == Some(new.layout().length) && largest >= Some(self.tuning.reuse_from));
+            let (temporary, file) = self.open_temporary(spare, made)?;
+            file.reserve(new.layout().length)?;
+            let found = self.write_pack(&file, new, storages, tree)?;
+            let name = format!("{OBJECTS}/{}", plan.packs[new.number as usize].name);
+            let unnamed = Unnamed {
+                file,
+                temporary,
+                name,
+            };
+            packs.push((unnamed, found));
+        }
+        Ok(packs)
     }
 
     /// Writes a pack, and returns what was found of each addition that is written whole.
@@ -410,6 +474,10 @@ impl Store {
                 None => self.leftovers.extend(made.pop()), // Somebody reads it or has linked to it.
             }
         }
+        self.create_temporary(made)
+    }
+
+    fn create_temporary(&self, made: &mut Vec<String>) -> Result<(String, File)> {
         let temporary = temporary_name()?;
         made.push(temporary.clone());
         let file = self.directory.create_new(&temporary)?;
@@ -417,18 +485,11 @@ impl Store {
     }
 
     /// Gives a written file its name, each step durable before the next.
-    fn publish(
-        &self,
-        file: &File,
-        temporary: &str,
-        name: &str,
-        dir: &str,
-        made: &mut Vec<String>,
-    ) -> Result<()> {
-        file.sync()?; // Bytes before name: a name must never outlive its bytes.
-        let renamed = self.directory.rename_new(temporary, name);
+    fn publish(&self, written: &Unnamed, dir: &str, made: &mut Vec<String>) -> Result<()> {
+        written.file.sync()?; // Bytes before name: a name must never outlive its bytes.
+        let renamed = self.directory.rename_new(&written.temporary, &written.name);
         if !matches!(&renamed, Err(error) if already_exists(error)) {
-            made.push(name.to_owned()); // Also after an error: some file systems rename and then fail.
+            made.push(written.name.clone()); // Also after an error: some file systems rename and then fail.
         }
         renamed?;
         self.directory.sync_dir(dir) // The name is only a promise until its directory is synced.
@@ -734,14 +795,15 @@ impl Store {
         }
     }
 
-    /// Takes note of which storages change from one commit to the next, and how, and are equal to no other.
-    fn remember(
-        &mut self,
-        storages: &[StorageEntry],
+    /// Which storages change from one commit to the next, and how, and are equal to no other.
+    fn habits_of(
+        &self,
+        manifest: &Manifest,
         bytes: &[Bytes],
         samples: &[Sample],
         found: Vec<Option<Digested>>,
-    ) {
+    ) -> Vec<Habit> {
+        let storages = &manifest.storages;
         let counts = counts(storages);
         let habit = |((index, storage), found): ((usize, &StorageEntry), Option<Digested>)| {
             let there = self.places.contains_key(&(storage.digest, storage.length));
@@ -756,8 +818,12 @@ impl Store {
                 chunks: found.and_then(|found| found.chunks).filter(|_| kept),
             }
         };
-        self.habits = storages.iter().enumerate().zip(found).map(habit).collect();
-        // Older ones' pieces. The same bytes may have come to be elsewhere since.
+        storages.iter().enumerate().zip(found).map(habit).collect()
+    }
+
+    /// Forgets older commits' pieces.
+    fn forget_pieces(&mut self) {
+        // The same bytes may have come to be elsewhere since.
         for key in std::mem::take(&mut self.in_pieces) {
             if self
                 .places
