@@ -10,7 +10,7 @@ Value: TypeAlias = Any
 """None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, `Tensor` or `Object`; nothing else.
 
 Exact types only: a subclass (an IntEnum, a named tuple) is refused with TypeError naming its path; fronts lower it first.
-On the way in, `Entries` stands for a dict.
+On the way in, `Entries` stands for a dict and `NameList` for a list.
 """
 
 @final
@@ -77,6 +77,28 @@ class Entries:
         """
 
 @final
+class NameList:
+    """A list of names in a tree as the core holds it. Immutable."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: int) -> str: ...
+    def to_list(self) -> list[str]:
+        """Return them as a list of Python's."""
+
+@final
+class States:
+    """What an optimizer keeps for each of its parameters and whatever else it has a key for, each taken once.
+
+    Both are kept alive.
+    """
+
+    def __init__(self, states: Mapping[Any, Any]) -> None: ...
+    def take(self, key: object, missing: Any) -> Any:
+        """Return what is kept for a key, by identity; `missing` where that is nothing or was taken."""
+    def rest(self) -> list[tuple[Any, Any]]:
+        """Return (key, value) of what was not taken."""
+
+@final
 class Names:
     """Names of the live objects that others refer to: parameters and buffers, modules, and whatever is tracked.
 
@@ -90,8 +112,8 @@ class Names:
         """Add objects, None left out, under their names behind a prefix. A model has thousands of parameters."""
     def name(self, item: object, kind: str) -> str | None:
         """Return an object's name, or None."""
-    def names(self, items: list[Any], kind: str) -> list[str | None]:
-        """Return each object's name, or None."""
+    def of_group(self, parameters: list[Any], group: int) -> NameList:
+        """Return the name of each parameter of an optimizer's group; of one that has none, `group{group}.{index}`."""
     def name_of_id(self, id: int) -> str | None:
         """Return the name, of whatever kind, of the object with that `id`, or None."""
     def reference(self, item: object) -> Object | None:
@@ -311,19 +333,19 @@ class Regions:
         """
     def lone_states(
         self,
-        names: list[str],
+        names: NameList,
         parameters: list[Any],
         first: int,
-        state: dict[int, Any],
+        states: States,
         named: Names,
         lowered: Entries,
     ) -> int:
-        """Put what an optimizer has for each parameter into `lowered`, by name, from number `first` on.
+        """Take what an optimizer has for each parameter, and put it into `lowered` by name, from number `first` on.
 
-        `state` has it by the parameters' `id`; some may have none. In it is what `lone_leaf` gives for each tensor, by its
+        Some may have none. In it is what `lone_leaf` gives for each tensor, by its
         key, and plain values as they are. Returns the number of the first parameter whose state is anything else than a
         dict of those: one is a tensor that has a name, or something else, or has a key that is no ASCII text. How many
-        there are where there is no such.
+        there are where there is no such. That one's is not taken.
         """
     def settled(self) -> None:
         """Take note that all leaves were made: what is the same in the next capture is not made again."""

@@ -20,6 +20,7 @@ mod names;
 mod notes;
 mod run;
 mod scatter;
+mod states;
 mod step;
 mod storages;
 mod value;
@@ -59,6 +60,8 @@ mod module {
     use crate::names::Names;
     #[pymodule_export]
     use crate::run::{Difference, Run, open_checkpoint, read_checkpoint, read_journal};
+    #[pymodule_export]
+    use crate::states::{NameList, States};
     #[pymodule_export]
     use crate::step::Recorder;
     #[pymodule_export]

@@ -4,6 +4,7 @@
 //! thousands of parameters.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
@@ -12,6 +13,7 @@ use unbroken::state;
 
 use crate::leaf::Object;
 use crate::scatter::Scatter;
+use crate::states::NameList;
 
 /// Objects by name, names by object.
 #[pyclass(module = "unbroken._core")]
@@ -26,7 +28,8 @@ pub(crate) struct Names {
 }
 
 struct Named {
-    kind: String,
+    /// That of thousands.
+    kind: Arc<str>,
     name: String,
     item: Py<PyAny>,
 }
@@ -64,14 +67,16 @@ impl Names {
     /// Return an object's name, or None.
     fn name(&self, item: &Bound<'_, PyAny>, kind: &str) -> Option<&str> {
         let named = self.first_of(item.as_ptr() as usize)?;
-        (named.kind == kind).then_some(&named.name)
+        (*named.kind == *kind).then_some(&named.name)
     }
 
-    /// Return each object's name, or None.
-    fn names<'py>(&self, items: &Bound<'py, PyList>, kind: &str) -> PyResult<Bound<'py, PyList>> {
-        let name =
-            |item: Bound<'py, PyAny>| self.name(&item, kind).map(|name| PyString::new(item.py(), name));
-        PyList::new(items.py(), items.iter().map(name))
+    /// Return the name of each parameter of an optimizer's group; of one that has none, the group's number and its own.
+    fn of_group(&self, parameters: &Bound<'_, PyList>, group: usize) -> NameList {
+        let name = |(at, parameter): (usize, Bound<'_, PyAny>)| {
+            let name = self.name(&parameter, "tensor").filter(|name| !name.is_empty());
+            name.map_or_else(|| format!("group{group}.{at}"), str::to_owned)
+        };
+        NameList::of(parameters.iter().enumerate().map(name).collect())
     }
 
     /// Return the first name of the object with that `id`, or None.
@@ -84,7 +89,7 @@ impl Names {
         let named = self.first_of(item.as_ptr() as usize)?;
         Some(Object::of(Value::from(state::Object {
             kind: "reference".to_owned(),
-            name: named.kind.clone(),
+            name: named.kind.to_string(),
             fields: vec![("to".to_owned(), Value::Str(named.name.clone()))],
         })))
     }
@@ -92,7 +97,7 @@ impl Names {
     /// Return the object of that name, or `missing`.
     fn find(&mut self, py: Python<'_>, kind: String, name: String, missing: Py<PyAny>) -> Py<PyAny> {
         for (at, named) in self.named.iter().enumerate().skip(self.searched) {
-            let key = (named.kind.clone(), named.name.clone());
+            let key = (named.kind.to_string(), named.name.clone());
             self.found.entry(key).or_insert(at);
         }
         self.searched = self.named.len();
@@ -104,12 +109,14 @@ impl Names {
 }
 
 impl Names {
-    fn push(&mut self, kind: &str, name: String, item: Bound<'_, PyAny>) {
+    fn push(&mut self, kind_of: &str, name: String, item: Bound<'_, PyAny>) {
         self.first
             .entry(item.as_ptr() as usize)
             .or_insert(self.named.len());
+        let last = self.named.last().map(|last| &last.kind);
+        let kind = last.filter(|last| &***last == kind_of).cloned();
         self.named.push(Named {
-            kind: kind.to_owned(),
+            kind: kind.unwrap_or_else(|| kind_of.into()),
             name,
             item: item.unbind(),
         });

@@ -23,6 +23,7 @@ use crate::method::Method;
 use crate::names::Names;
 use crate::notes::{Notes, REQUIRES_GRAD};
 use crate::scatter::{Key, Scatter};
+use crate::states::{NameList, States};
 use crate::value::{fields_from_python, from_python};
 use crate::versions::Versions;
 
@@ -174,13 +175,14 @@ impl Regions {
     #[new]
     fn new(reader: Py<TensorReader>) -> Self {
         let before = Arc::clone(&lock(&reader.get().last));
+        let before_count = before.len();
         Regions {
             reader,
-            made: Vec::with_capacity(before.len()),
+            made: Vec::with_capacity(before_count),
             before,
-            regions: Vec::new(),
-            places: HashMap::default(),
-            held: Vec::new(),
+            regions: Vec::with_capacity(before_count),
+            places: HashMap::with_capacity_and_hasher(before_count, Scatter),
+            held: Vec::with_capacity(before_count),
             frozen: Versions::default(),
         }
     }
@@ -264,34 +266,35 @@ impl Regions {
         Ok(true)
     }
 
-    /// Put what an optimizer has for each of its parameters into `lowered`, by their names, from number `first` on: dicts
-    /// with what `lone_leaf` gives for each value. `state` has it by the parameters' `id`; some may have none.
+    /// Take what an optimizer has for each of its parameters, and put it into `lowered` by their names, from number `first`
+    /// on: dicts with what `lone_leaf` gives for each value. Some may have none.
     ///
     /// Returns the number of the first parameter whose state is anything else than a dict of such tensors and plain values:
     /// one is a tensor that has a name, or something else, or has a key that is no ASCII text. How many there are where all
-    /// of them are usual.
+    /// of them are usual. That one's is not taken.
     fn lone_states(
         &mut self,
-        names: &Bound<'_, PyList>,
+        names: &NameList,
         parameters: &Bound<'_, PyList>,
         first: usize,
-        state: &Bound<'_, PyDict>,
+        states: &mut States,
         named: &Names,
         lowered: &mut Entries,
     ) -> PyResult<usize> {
-        let reader = self.reader.clone_ref(state.py());
-        for at in first..parameters.len() {
-            let Some(values) = state.get_item(parameters.get_item(at)?.as_ptr() as usize)? else {
+        let reader = self.reader.clone_ref(parameters.py());
+        for (at, parameter) in parameters.iter().enumerate().skip(first) {
+            let Some((number, state)) = states.of(&parameter) else {
                 continue;
             };
-            let leaves = match values.cast_exact::<PyDict>() {
+            let leaves = match state.cast_exact::<PyDict>() {
                 Ok(values) => self.lone_leaves(reader.get(), values, named)?,
                 Err(_) => None,
             };
-            match leaves {
-                Some(leaves) => lowered.push(from_python(&names.get_item(at)?)?, leaves),
-                None => return Ok(at),
-            }
+            let Some(leaves) = leaves else {
+                return Ok(at);
+            };
+            states.taken(number);
+            lowered.push(Value::Str(names.name(at).to_owned()), leaves);
         }
         Ok(parameters.len())
     }

@@ -16,6 +16,7 @@ use unbroken::format::value::{MAX_DEPTH, encode};
 use crate::entries::Entries;
 use crate::error;
 use crate::leaf::{Object, Tensor};
+use crate::states::NameList;
 
 /// Path parts shown at either end of a path that is too deep to print whole.
 const PATH_PARTS_SHOWN: usize = 6;
@@ -185,6 +186,9 @@ fn lower(value: &Bound<'_, PyAny>, outer: usize) -> Result<Value, Refused> {
     if let Ok(entries) = value.cast_exact::<Entries>() {
         let entries = entries.borrow();
         return within_depth(value, outer + entries.depth()).map(|()| entries.to_value());
+    }
+    if let Ok(names) = value.cast_exact::<NameList>() {
+        return within_depth(value, outer + 2).map(|()| names.get().to_value());
     }
     if let Ok(dict) = value.cast_exact::<PyDict>() {
         return lower_dict(dict, outer + 1);

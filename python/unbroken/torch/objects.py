@@ -36,7 +36,7 @@ from unbroken.torch import rng, tensors
 from unbroken.torch.tensors import Loader, Storages
 
 if TYPE_CHECKING:
-    from unbroken._core import Names, Value
+    from unbroken._core import NameList, Names, States, Value
 
 Maker = Callable[[], Any]
 """Does what was planned and returns the value for its place: the live object, brought up to date, or another."""
@@ -163,14 +163,14 @@ class Capture:
 
     def usual_states(
         self,
-        names: list[str],
+        names: NameList,
         parameters: list[torch.Tensor],
         first: int,
-        state: dict[int, Any],
+        states: States,
         lowered: Entries,
     ) -> int:
         """Lower what an optimizer has for its parameters, as far as it is usual: see `Storages.usual_states`."""
-        return self.storages.usual_states(names, parameters, first, state, self.names, lowered)
+        return self.storages.usual_states(names, parameters, first, states, self.names, lowered)
 
     def attributes(self, item: object, path: str, skip: Set[str] = frozenset()) -> Entries:
         """Return an object's attributes lowered, by name; code is noted as such."""

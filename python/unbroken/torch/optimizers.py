@@ -13,12 +13,12 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from unbroken import values
-from unbroken._core import Entries
+from unbroken._core import Entries, States
 from unbroken.torch import tensors
 from unbroken.torch.objects import MISSING, Capture, Restorer, dotted
 
 if TYPE_CHECKING:
-    from unbroken._core import Names, Value
+    from unbroken._core import NameList, Names, Value
 
 MACHINERY = frozenset(
     {
@@ -68,24 +68,16 @@ def bytes_to_come(optimizer: Optimizer) -> int:
 
 def parameter_names(optimizer: Optimizer, names: Names) -> list[list[str]]:
     """Return the name of each parameter of each group; those in no tracked module by group and index."""
-    return [
-        [
-            name or f"group{at}.{index}"
-            for index, name in enumerate(names.names(list(group["params"]), "tensor"))
-        ]
-        for at, group in enumerate(optimizer.param_groups)
-    ]
+    groups = enumerate(optimizer.param_groups)
+    return [names.of_group(list(group["params"]), at).to_list() for at, group in groups]
 
 
 def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Value:
     """Return an optimizer's tree: `groups` with parameter names and options, `state` by parameter name."""
-    names = parameter_names(optimizer, capture.names)
     groups: list[Value] = []
     state = Entries(f"{path}/state")
     others: dict[Value, Value] = {}
-    # By identity, as their hash is too: asking a dict of tensors runs torch's `__hash__`, in Python.
-    parts = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))
-    known: set[int] = set()
+    states = States(optimizer.state)
     for at, group in enumerate(optimizer.param_groups):
         options = {
             key: capture.lower(value, f"{path}/groups/{at}/{key}")
@@ -93,11 +85,11 @@ def capture_optimizer(capture: Capture, optimizer: Optimizer, path: str) -> Valu
             if key != "params"
         }
         # Where `params` stands among the keys is the order of a dict that training can see.
-        groups.append({"params": names[at], "options": options, "order": list(group)})
-        _lower_states(capture, _unknown(names[at], group["params"], known), parts, path, state)
-    for key, value in optimizer.state.items():
-        if id(key) in known:
-            continue
+        parameters = list(group["params"])
+        names = capture.names.of_group(parameters, at)
+        groups.append({"params": names, "options": options, "order": list(group)})
+        _lower_states(capture, names, parameters, states, path, state)
+    for key, value in states.rest():
         if not isinstance(key, torch.Tensor):
             others[capture.lower(key, f"{path}/state")] = capture.lower(value, f"{path}/state/{key}")
         else:
@@ -118,34 +110,18 @@ def _lower_attributes(capture: Capture, optimizer: Optimizer, path: str) -> Entr
     return capture.attributes(optimizer, path, MACHINERY)
 
 
-def _unknown(
-    names: list[str], parameters: list[torch.Tensor], known: set[int]
-) -> tuple[list[str], list[torch.Tensor]]:
-    """Return names and parameters that are not known, and note that they are. torch lets one be in a group twice."""
-    ids = set(map(id, parameters))
-    if len(ids) == len(parameters) and known.isdisjoint(ids):
-        known |= ids
-        return names, list(parameters)
-    unknown: list[tuple[str, torch.Tensor]] = []
-    for name, parameter in zip(names, parameters, strict=True):
-        if id(parameter) not in known:
-            known.add(id(parameter))
-            unknown.append((name, parameter))
-    return [name for name, _ in unknown], [parameter for _, parameter in unknown]
-
-
 def _lower_states(
     capture: Capture,
-    group: tuple[list[str], list[torch.Tensor]],
-    state: dict[int, Any],
+    names: NameList,
+    parameters: list[torch.Tensor],
+    states: States,
     path: str,
     lowered: Entries,
 ) -> None:
     """Lower what there is for each parameter of a group, in their order. Nearly all are tensors under plain names."""
-    names, parameters = group
     at = 0
-    while (at := capture.usual_states(names, parameters, at, state, lowered)) < len(parameters):
-        found = state.get(id(parameters[at]), MISSING)
+    while (at := capture.usual_states(names, parameters, at, states, lowered)) < len(parameters):
+        found = states.take(parameters[at], MISSING)
         if found is not MISSING:
             lowered[names[at]] = _lower_state(capture, found, path, names[at])
         at += 1

@@ -25,7 +25,7 @@ from unbroken._core import Tensor as Leaf
 from unbroken.errors import FormatError, UnsupportedState
 
 if TYPE_CHECKING:
-    from unbroken._core import Checkpoint, Entries, Names, Value
+    from unbroken._core import Checkpoint, Entries, NameList, Names, States, Value
 
 ALIGNMENT_BYTES = 64
 """What torch's own allocator gives on the CPU. Addresses below 16 bytes of alignment change results."""
@@ -148,10 +148,10 @@ class Storages:
 
     def usual_states(
         self,
-        names: list[str],
+        names: NameList,
         parameters: list[torch.Tensor],
         first: int,
-        state: dict[int, Any],
+        states: States,
         elsewhere: Names,
         lowered: Entries,
     ) -> int:
@@ -161,7 +161,7 @@ class Storages:
             names: The parameters' names.
             parameters: An optimizer's parameters, or a group's.
             first: Number of the first one to look at.
-            state: What it has for each, by the parameter's `id`; some may have none.
+            states: What it has for each, which is taken; some may have none.
             elsewhere: Has the tensors that are saved elsewhere.
             lowered: Takes a dict of leaves for each parameter that has a dict of such tensors under plain names.
 
@@ -170,7 +170,7 @@ class Storages:
         """
         if self._own_copies:
             return first
-        return self._regions.lone_states(names, parameters, first, state, elsewhere, lowered)
+        return self._regions.lone_states(names, parameters, first, states, elsewhere, lowered)
 
     def settled(self) -> bool:
         """Tell, when all is lowered, whether every view came out tied; if not, capture again with `whole`."""
