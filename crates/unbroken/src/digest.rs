@@ -3,6 +3,8 @@
 //! Touches: the bytes it is given, read only. A [`Digest`] holds against malice as well as accidents and names things on
 //! disk; a [`Fingerprint`] is several times faster, holds against accidents only, and never names anything.
 
+mod short;
+
 use std::fmt;
 use std::hash::BuildHasher;
 use std::str::FromStr;
@@ -11,6 +13,7 @@ use std::sync::Mutex;
 use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
+pub(crate) use self::short::{SHORT, TOGETHER, of_short};
 use crate::error::Error;
 
 /// A BLAKE3 digest, 32 bytes. Shown as 64 lower-case hexadecimal digits.
@@ -173,10 +176,21 @@ impl Assembly {
         hasher.finish()
     }
 
+    /// Whether it is the digest of bytes that are hashed faster with others: see [`of_short`].
+    pub(crate) fn is_short(&self) -> bool {
+        (1..SHORT as u64).contains(&self.length) && self.length <= self.grain as u64
+    }
+
+    /// Takes the digest of all bytes, of which there are not more than a group's.
+    pub(crate) fn put_digest(&self, digest: Digest) {
+        debug_assert!(self.length <= self.grain as u64, "a digest is no group's value");
+        self.groups.lock().expect("nothing panics with it")[0] = digest.0;
+    }
+
     /// Takes whole groups, from group number `first` on; the byte string's last one may be short.
     pub fn put(&self, first: usize, bytes: &[u8]) {
         if self.length <= self.grain as u64 {
-            self.groups.lock().expect("nothing panics with it")[0] = blake3::hash(bytes).into();
+            self.put_digest(Digest::of(bytes));
             return;
         }
         let hash = |(index, group): (usize, &[u8])| {

@@ -11,13 +11,15 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::arena::Arena;
-use crate::digest::{Assembly, GROUP};
+use crate::digest::{Assembly, GROUP, TOGETHER, of_short};
 use crate::error::{Error, Result};
 use crate::lending::{Bytes, Share};
 use crate::storage::{DIRECT_ALIGNMENT, File};
 
 /// Most threads that digest: beyond that, they are faster than any disk.
 const MAX_DIGESTERS: usize = 4;
+/// Bytes that are digested at a time of short parts: they are still in a near cache.
+const BATCH: usize = 128 << 10;
 /// Pieces that are written at once from where they are: longer writes are faster, and these need no buffer.
 const AT_ONCE: usize = 4;
 
@@ -79,6 +81,25 @@ struct Job<'a> {
 struct Seam {
     bytes: Vec<u8>,
     arrived: usize,
+}
+
+/// Short parts that are digested together, and where in the piece they are.
+#[derive(Debug, Default)]
+struct Batch {
+    parts: Vec<(usize, Range<usize>)>,
+    bytes: usize,
+}
+
+impl Batch {
+    fn add(&mut self, part: usize, range: Range<usize>) {
+        self.bytes += range.len();
+        self.parts.push((part, range));
+    }
+
+    /// Whether they are as many as are best hashed together, and enough to be worth it.
+    fn is_full(&self) -> bool {
+        self.parts.len().is_multiple_of(TOGETHER) && self.bytes >= BATCH
+    }
 }
 
 /// Pieces on their way to the disk, between those who digest and those who write.
@@ -357,21 +378,39 @@ impl<'a> Job<'a> {
 
     /// Digests a piece that is written from where it is.
     fn digest_in_place(&self, piece: usize, bytes: &[u8]) {
+        let mut batch = Batch::default();
         self.each_part(piece, bytes.len(), |part, from, range| {
+            if self.is_short(part, range.len()) {
+                batch.add(part, range);
+                if batch.is_full() {
+                    self.digest_batch(&mut batch, bytes);
+                }
+                return;
+            }
             let bytes = &bytes[range];
             self.each_group(part, from, bytes.len(), |at, stop, group_end| {
                 self.digest(piece, part, at, group_end, &bytes[at - from..stop - from]);
             });
         });
+        self.digest_batch(&mut batch, bytes);
     }
 
     /// Copies what the file has in a piece into the buffer, digests it, and returns how much it is.
     fn fill(&self, piece: usize, buffer: &mut [u8]) -> usize {
         let filled = (self.length - piece * self.piece).min(self.piece);
+        let mut batch = Batch::default();
         self.each_part(piece, filled, |part, from, range| {
-            let (source, into) = (self.parts[part], &mut buffer[range]);
+            let (source, into) = (self.parts[part], &mut buffer[range.clone()]);
             if part == 0 {
                 source.read(from, into); // The header's digest is in the layout.
+                return;
+            }
+            if self.is_short(part, range.len()) {
+                source.read(from, into);
+                batch.add(part, range);
+                if batch.is_full() {
+                    self.digest_batch(&mut batch, buffer);
+                }
                 return;
             }
             self.each_group(part, from, into.len(), |at, stop, group_end| {
@@ -380,7 +419,26 @@ impl<'a> Job<'a> {
                 self.digest(piece, part, at, group_end, bytes); // Still in the nearest cache.
             });
         });
+        self.digest_batch(&mut batch, buffer);
         filled
+    }
+
+    /// Whether a part is digested with others, and all of it is `count` bytes.
+    fn is_short(&self, part: usize, count: usize) -> bool {
+        part > 0 && self.digests[part - 1].is_short() && self.parts[part].len() == count
+    }
+
+    /// Digests parts that lie in a piece's bytes, and empties the batch.
+    fn digest_batch(&self, batch: &mut Batch, bytes: &[u8]) {
+        let short: Vec<&[u8]> = batch
+            .parts
+            .iter()
+            .map(|(_, range)| &bytes[range.clone()])
+            .collect();
+        for ((part, _), digest) in batch.parts.iter().zip(of_short(&short)) {
+            self.digests[part - 1].put_digest(digest);
+        }
+        *batch = Batch::default();
     }
 
     /// Calls `visit` for each part that has a share in the first `length` bytes of a piece: which of the part's bytes is
@@ -462,7 +520,8 @@ mod tests {
             1 => (GROUP - 3)..(GROUP + 3),
             3 => 0..(7 * GROUP)
         ];
-        proptest::collection::vec(length, 0..8)
+        let short = proptest::collection::vec(0..5000usize, 0..80);
+        prop_oneof![3 => proptest::collection::vec(length, 0..8), 1 => short]
     }
 
     /// Loans of storages whose copies lie one behind the other, from the arena's byte `begin` on.
@@ -542,7 +601,7 @@ mod tests {
             let lending = lending(&storages, begin, matches!(memory, Memory::Lent { .. }));
             let shares = || (0..storages.len()).map(|index| Bytes::Lent(lending.share(index)));
             // Copied before all others, wherever they are among them.
-            for (index, share) in shares().enumerate().filter(|(index, _)| settled >> index & 1 == 1) {
+            for (index, share) in shares().enumerate().filter(|(index, _)| settled >> (index % 8) & 1 == 1) {
                 prop_assert_eq!(share.all(), &storages[index]);
             }
             let (file, digests) = match memory {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::parallel::each_in_parallel;
 use super::{Checkpoint, OBJECTS, leaf_of, sample};
 use crate::arena::{Arena, bring_in};
-use crate::digest::{self, Assembly, Digest, GROUP, Hasher};
+use crate::digest::{self, Assembly, Digest, GROUP, Hasher, TOGETHER};
 use crate::error::{Error, Result};
 use crate::format::coded::{self, BLOCK, Decoder};
 use crate::format::manifest::{Coded, Layer, PackEntry, Pieces, Place, StorageEntry};
@@ -867,6 +867,14 @@ fn damaged(path: PathBuf, part: String, expected: &Digest, found: &Digest) -> Er
     }
 }
 
+/// What a thread digests at a time.
+enum Work<'a> {
+    /// A piece of a region, by its number.
+    Piece(&'a Assembly, usize, &'a [u8]),
+    /// Short regions.
+    Short(&'a [(&'a [u8], &'a Assembly)]),
+}
+
 /// Digests each region, in groups of so many bytes, on several threads where there is much to hash.
 pub(super) fn digest_all(regions: &[(&[u8], usize)]) -> Vec<Assembly> {
     let total = regions.iter().map(|(region, _)| region.len() as u64).sum();
@@ -874,12 +882,25 @@ pub(super) fn digest_all(regions: &[(&[u8], usize)]) -> Vec<Assembly> {
         .iter()
         .map(|(region, grain)| Assembly::of_groups(region.len() as u64, *grain))
         .collect();
-    let pieces = regions.iter().zip(&digests).flat_map(|((region, _), digest)| {
-        let parts = region.chunks(PIECE).enumerate();
-        parts.map(move |(index, part)| (digest, index, part))
-    });
-    let done = each_in_parallel(total, pieces.collect(), |(), (digest, index, part)| {
-        digest.put(index * (PIECE / digest.grain()), part);
+    let all = || regions.iter().map(|(region, _)| *region).zip(&digests);
+    let short: Vec<(&[u8], &Assembly)> = all().filter(|(_, digest)| digest.is_short()).collect();
+    let pieces = all()
+        .filter(|(_, digest)| !digest.is_short())
+        .flat_map(|(region, digest)| {
+            let parts = region.chunks(PIECE).enumerate();
+            parts.map(move |(index, part)| Work::Piece(digest, index, part))
+        });
+    let work = short.chunks(4 * TOGETHER).map(Work::Short).chain(pieces);
+    let done = each_in_parallel(total, work.collect(), |(), work| {
+        match work {
+            Work::Piece(digest, index, part) => digest.put(index * (PIECE / digest.grain()), part),
+            Work::Short(short) => {
+                let regions: Vec<&[u8]> = short.iter().map(|(region, _)| *region).collect();
+                for ((_, digest), found) in short.iter().zip(digest::of_short(&regions)) {
+                    digest.put_digest(found);
+                }
+            }
+        }
         Ok(())
     });
     done.expect("hashing memory cannot fail");
