@@ -225,7 +225,7 @@ fn write_asked<M: Module>(
     } = writer;
     result?;
     out.value("trained", Value::List(trained))?;
-    out.value("flags", Value::Dict(flags))?;
+    out.value("flags", Value::dict(flags))?;
     Ok((found, fits && known.is_none_or(|mut left| left.next().is_none())))
 }
 

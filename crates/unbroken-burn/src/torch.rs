@@ -74,7 +74,7 @@ pub fn read<M: Module>(module: M, checkpoint: &Checkpoint, name: &str) -> Result
         )));
     };
     let mut there: HashMap<&str, &unbroken::state::Tensor> = HashMap::new();
-    for (key, value) in parameters.iter().chain(buffers) {
+    for (key, value) in parameters.iter().chain(buffers.iter()) {
         if let (Value::Str(key), Value::Tensor(tensor)) = (key, value)
             && !key.ends_with(UNKNOWN_TO_BURN)
         {

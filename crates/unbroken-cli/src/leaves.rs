@@ -38,7 +38,7 @@ fn descend<'a>(value: &'a Value, path: String, out: &mut Vec<Leaf<'a>>) {
             }
         }
         Value::Dict(entries) if !entries.is_empty() => {
-            for (key, item) in entries {
+            for (key, item) in &**entries {
                 descend(item, below(&key_text(key)), out);
             }
         }
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_leaf_is_what_has_no_parts_with_paths_of_their_own() {
-        let tree = Value::Dict(vec![
+        let tree = Value::dict(vec![
             (
                 Value::Str("a".into()),
                 Value::List(vec![Value::Int(1), Value::Tuple(Vec::new())]),

@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn text_from_a_file_cannot_steer_a_terminal() {
-        let evil = Value::Dict(vec![(
+        let evil = Value::dict(vec![(
             Value::Str("a\x1b[2J\n".into()),
             Value::from(Object {
                 kind: "x".into(),
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn values_read_like_the_python_that_made_them() {
-        let tree = Value::Dict(vec![
+        let tree = Value::dict(vec![
             (Value::Int(1), Value::Tuple(vec![Value::None])),
             (Value::Str("lr".into()), Value::Float(0.1f64.to_bits())),
             (

@@ -228,7 +228,7 @@ impl Writer<'_> {
                 }
             }
         }
-        Ok(Value::Dict(entries))
+        Ok(Value::dict(entries))
     }
 
     fn array(&mut self, array: &ArrayNode) -> Result<Value> {

@@ -3,6 +3,8 @@
 //!
 //! Touches: nothing. What is put in is converted at once, and stays as it was then.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use unbroken::Value;
@@ -14,7 +16,7 @@ use crate::value::{entry_from_python, from_python, is_plain};
 #[pyclass(module = "unbroken._core")]
 #[derive(Default)]
 pub(crate) struct Entries {
-    entries: Vec<(Value, Value)>,
+    entries: Arc<Vec<(Value, Value)>>,
     /// Where it is in the tree, for errors.
     path: String,
     /// Of the deepest key or value.
@@ -60,7 +62,7 @@ impl Entries {
     /// Adds an entry, whose key is none that is there: the format refuses a key that is there twice.
     pub(crate) fn push(&mut self, key: Value, value: Value) {
         self.depth = self.depth.max(depth_of(&key)).max(depth_of(&value));
-        self.entries.push((key, value));
+        Arc::make_mut(&mut self.entries).push((key, value));
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -69,7 +71,7 @@ impl Entries {
 
     /// Takes back all but the first `count`.
     pub(crate) fn truncate(&mut self, count: usize) {
-        self.entries.truncate(count);
+        Arc::make_mut(&mut self.entries).truncate(count);
     }
 
     /// Levels of nesting of the dict.
@@ -77,9 +79,9 @@ impl Entries {
         1 + self.depth
     }
 
-    /// The dict. Leaves are shared and not copied.
+    /// The dict, shared and not copied.
     pub(crate) fn to_value(&self) -> Value {
-        Value::Dict(self.entries.clone())
+        Value::Dict(Arc::clone(&self.entries))
     }
 }
 

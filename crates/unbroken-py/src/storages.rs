@@ -418,7 +418,7 @@ impl Regions {
                 None => return Ok(None),
             }
         }
-        Ok(Some(Value::Dict(leaves)))
+        Ok(Some(Value::dict(leaves)))
     }
 
     fn lone(

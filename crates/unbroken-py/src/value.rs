@@ -273,7 +273,7 @@ fn lower_dict(dict: &Bound<'_, PyDict>, outer: usize) -> Result<Value, Refused> 
     for (key, value) in dict.iter() {
         out.push(lower_entry(&key, &value, outer)?);
     }
-    Ok(Value::Dict(out))
+    Ok(Value::dict(out))
 }
 
 fn lower_entry(
@@ -335,7 +335,7 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
         Value::Tuple(items) => PyTuple::new(py, raise_items(py, items)?)?.into_any(),
         Value::Dict(entries) => {
             let dict = PyDict::new(py);
-            for (key, value) in entries {
+            for (key, value) in &**entries {
                 let value = to_python(py, value)?;
                 dict.set_item(to_python(py, key)?, value)
                     .map_err(|error| unhashable(py, error))?;

@@ -8,7 +8,7 @@
 //! use unbroken::format::value;
 //! use unbroken::state::Value;
 //!
-//! let state = Value::Dict(vec![(Value::Str("step".into()), Value::Int(1200))]);
+//! let state = Value::dict(vec![(Value::Str("step".into()), Value::Int(1200))]);
 //! let bytes = value::encode(&state)?;
 //! assert_eq!(value::decode(&bytes)?, state);
 //! # Ok::<(), unbroken::error::Error>(())

@@ -38,8 +38,8 @@ pub enum Value {
     List(Vec<Value>),
     /// An immutable sequence.
     Tuple(Vec<Value>),
-    /// A mapping. The order is state and is kept.
-    Dict(Vec<(Value, Value)>),
+    /// A mapping. The order is state and is kept. Shared: a capture's large ones are the checkpoint's, too.
+    Dict(Arc<Vec<(Value, Value)>>),
     /// A mutable set. Canonical: sorted by encoded bytes, no duplicates.
     Set(Vec<Value>),
     /// An immutable set, canonical like `Set`.
@@ -63,6 +63,11 @@ impl From<Tensor> for Value {
 }
 
 impl Value {
+    /// A mapping of these entries, in this order.
+    pub fn dict(entries: Vec<(Value, Value)>) -> Value {
+        Value::Dict(Arc::new(entries))
+    }
+
     /// The integer with this sign and absolute value (most significant byte first), in its canonical form.
     pub fn integer(negative: bool, magnitude: &[u8]) -> Value {
         let leading = magnitude.iter().take_while(|byte| **byte == 0).count();
@@ -88,7 +93,7 @@ impl Value {
                 let kept = entries
                     .iter()
                     .filter(|(key, _)| !matches!(key, Value::Str(name) if name == UNTOUCHED));
-                Value::Dict(kept.cloned().collect())
+                Value::dict(kept.cloned().collect())
             }
             other => other.clone(),
         }

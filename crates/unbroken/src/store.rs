@@ -646,7 +646,7 @@ fn descend<'t>(value: &'t Value, path: &mut String, depth: usize, visit: &mut dy
             }
         }
         Value::Dict(items) => {
-            for (key, item) in items {
+            for (key, item) in &**items {
                 below(&key_text(key), item, path, depth, visit);
             }
         }

@@ -34,10 +34,10 @@ fn tree() -> Value {
         });
         (
             text(format!("model.layers.{layer}")),
-            Value::Dict(parts.collect()),
+            Value::dict(parts.collect()),
         )
     });
-    Value::Dict(layers.collect())
+    Value::dict(layers.collect())
 }
 
 fn storages(step: u64) -> Vec<Vec<u8>> {
@@ -192,7 +192,7 @@ impl Tables {
         run.commit(Commit {
             step,
             phase: 0,
-            tree: Value::Dict(tree),
+            tree: Value::dict(tree),
             storages: self.storages(),
             identity: Vec::new(),
             environment: Vec::new(),

@@ -108,7 +108,7 @@ fn tree(step: u64) -> Value {
     ];
     let mut items: Vec<(Value, Value)> = NAMES.map(text).into_iter().zip(leaves).collect();
     items.push((text("step"), Value::Int(step as i64)));
-    Value::Dict(items)
+    Value::dict(items)
 }
 
 fn coded(checkpoint: &Checkpoint, storage: usize) -> Option<&Coded> {
@@ -194,7 +194,7 @@ const LARGE: Training = Training {
             shape: vec![LARGE_BYTES as u64],
             ..bytes_of(1)
         };
-        Value::Dict(vec![
+        Value::dict(vec![
             (text("weight"), leaf(0, LARGE_BYTES as u64 / 4)),
             (text("noise"), Value::from(noise)),
             (text("step"), Value::Int(step as i64)),

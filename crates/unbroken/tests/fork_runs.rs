@@ -134,7 +134,7 @@ fn commit_transposed(run: &Run, step: u64) {
         strides: vec![1, 3],
         ..Arc::unwrap_or_clone(tensor)
     };
-    let tree = Value::Dict(vec![
+    let tree = Value::dict(vec![
         (Value::Str("t".to_owned()), Value::from(transposed)),
         (Value::Str("w".to_owned()), leaf(1, 2)),
     ]);

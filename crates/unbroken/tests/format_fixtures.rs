@@ -212,7 +212,7 @@ fn manifest() -> Manifest {
         Value::Tuple(vec![Value::Int(1), text("é")]),
         Value::Set(vec![Value::Int(3), text("a")]),
         Value::FrozenSet(vec![]),
-        Value::Dict(vec![
+        Value::dict(vec![
             (Value::Int(2), Value::Bool(false)),
             (text("1"), Value::None),
         ]),
@@ -226,7 +226,7 @@ fn manifest() -> Manifest {
         (text("generator"), view("uint8", &[5], &[1], 0)),
         (
             text("model"),
-            Value::Dict(vec![(text("weight"), view("float32", &[3, 2], &[1, 3], 1))]),
+            Value::dict(vec![(text("weight"), view("float32", &[3, 2], &[1, 3], 1))]),
         ),
         (text("step"), view("int64", &[], &[], 2)),
         (text("values"), every_sort),
@@ -251,7 +251,7 @@ fn manifest() -> Manifest {
         parent: Some("000000000-0-0123456789abcdef".into()),
         life: 1,
         created: "2026-11-23T10:00:02Z".into(),
-        tree: Value::Dict(tree),
+        tree: Value::dict(tree),
         storages: storages().into_iter().enumerate().map(entry).collect(),
         new_bytes: pack.length,
         packs: vec![pack],
@@ -398,7 +398,7 @@ fn manifest_in_pieces() -> Manifest {
     Manifest {
         step: 3,
         parent: Some(MANIFEST.into()),
-        tree: Value::Dict(vec![(text("table"), view)]),
+        tree: Value::dict(vec![(text("table"), view)]),
         storages: vec![StorageEntry {
             digest: Digest::of(&table),
             length: table.len() as u64,
@@ -494,7 +494,7 @@ fn coded_manifest() -> Manifest {
     Manifest {
         step: 4,
         parent: Some(IN_PIECES.strip_prefix("checkpoints/").unwrap().into()),
-        tree: Value::Dict(vec![(text("weight"), view)]),
+        tree: Value::dict(vec![(text("weight"), view)]),
         storages: vec![StorageEntry {
             digest: Digest::of(&weight),
             length: weight.len() as u64,

@@ -32,7 +32,7 @@ fn manifest() -> Manifest {
         parent: Some("000001100-0-0123456789abcdef".into()),
         life: 2,
         created: "2026-11-23T10:00:00Z".into(),
-        tree: Value::Dict(vec![
+        tree: Value::dict(vec![
             (Value::Str("weight".into()), weight.clone()),
             (Value::Str("tied".into()), weight),
             (Value::Str("mask".into()), tensor("bool", &[3], &[1], 0, 1)),

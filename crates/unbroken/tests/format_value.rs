@@ -63,7 +63,7 @@ fn any_value() -> impl Strategy<Value = Value> {
             items.clone().prop_map(Value::Tuple),
             items.clone().prop_map(|items| Value::Set(sorted(items))),
             items.prop_map(|items| Value::FrozenSet(sorted(items))),
-            pairs.prop_map(|pairs| Value::Dict(distinct(pairs))),
+            pairs.prop_map(|pairs| Value::dict(distinct(pairs))),
             (any::<String>(), named.clone()).prop_map(|(name, mut fields)| {
                 fields.reverse(); // The order of fields is kept, whichever it is.
                 Value::from(Object {
@@ -159,7 +159,7 @@ fn the_bytes_are_those_of_the_specification() {
         (Value::Set(vec![text("a"), Value::Int(2)]), "da554e420282026161"),
         (Value::FrozenSet(vec![]), "da554e420380"),
         (
-            Value::Dict(vec![(text("b"), Value::Int(1)), (Value::Int(0), Value::None)]),
+            Value::dict(vec![(text("b"), Value::Int(1)), (Value::Int(0), Value::None)]),
             "a261620100f6",
         ),
         (
@@ -235,7 +235,7 @@ fn nesting_is_limited_in_both_directions() {
 #[test]
 fn what_breaks_a_rule_is_not_written() {
     let twice = || vec![(text("lr"), Value::None), (text("lr"), Value::Bool(true))];
-    let flaw = encode(&Value::Dict(twice())).unwrap_err();
+    let flaw = encode(&Value::dict(twice())).unwrap_err();
     assert!(flaw.to_string().contains("\"lr\" twice"), "{flaw}");
     let field = ("a".to_owned(), Value::None);
     let object = Value::from(Object {

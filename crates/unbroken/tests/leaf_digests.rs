@@ -22,7 +22,7 @@ fn text(text: &str) -> Value {
 }
 
 fn dict(items: Vec<(&str, Value)>) -> Value {
-    Value::Dict(items.into_iter().map(|(key, value)| (text(key), value)).collect())
+    Value::dict(items.into_iter().map(|(key, value)| (text(key), value)).collect())
 }
 
 fn view(shape: &[u64], strides: &[i64], offset: u64, storage: u32) -> Value {
@@ -399,7 +399,7 @@ fn thousands_of_leaves_add_sixteen_bytes_each_to_the_journal() {
     const LEAVES: u32 = 4000;
     let tree = || {
         let tensors = (0..LEAVES).map(|index| (Value::Str(format!("layer.{index}.weight")), leaf(index, 1)));
-        Value::Dict(tensors.collect())
+        Value::dict(tensors.collect())
     };
     let journal = path.join("journal/000001.journal");
     let mut lengths = vec![std::fs::metadata(&journal).unwrap().len()];
@@ -463,7 +463,7 @@ fn a_state_whose_form_changes_between_saves_is_told_and_packed_as_it_is_each_tim
             ("n", count),
         ]);
         if let Value::Dict(items) = &mut tree
-            && let Value::Tensor(tensor) = &mut items[0].1
+            && let Value::Tensor(tensor) = &mut Arc::make_mut(items)[0].1
         {
             Arc::make_mut(tensor).attrs = vec![(attr.to_owned(), Value::Bool(true))];
         }

@@ -53,7 +53,7 @@ fn storages(step: u64) -> Vec<Vec<u8>> {
 
 fn tree(step: u64) -> Value {
     let text = |text: &str| Value::Str(text.to_owned());
-    Value::Dict(vec![
+    Value::dict(vec![
         (text("embedding"), leaf(0, TABLE as u64 / 4)),
         (text("moment"), leaf(1, TABLE as u64 / 4)),
         (text("model"), leaf(2, 150)),

@@ -161,7 +161,7 @@ fn run_with(storages: &[Vec<u8>]) -> MemoryStorage {
         .map(|(index, bytes)| (name(index), leaf(index as u32, bytes.len() as u64 / 4)))
         .collect();
     let storages = storages.iter().map(Vec::as_slice).collect();
-    run.commit(of_tree(0, Value::Dict(tree), storages)).unwrap();
+    run.commit(of_tree(0, Value::dict(tree), storages)).unwrap();
     run.close().unwrap();
     memory
 }

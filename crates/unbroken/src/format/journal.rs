@@ -143,7 +143,7 @@ pub fn encode_header(header: &SegmentHeader) -> Result<(Vec<u8>, Digest), Flaw> 
         Value::Str(header.created.clone()),
     ];
     let keys = HEADER_KEYS.iter().map(|key| Value::Str((*key).to_owned()));
-    let payload = value::encode(&Value::Dict(keys.zip(values).collect()))?;
+    let payload = value::encode(&Value::dict(keys.zip(values).collect()))?;
     let mut bytes = Vec::with_capacity(HEADER + payload.len() + HASH);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());

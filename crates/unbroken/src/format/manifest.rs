@@ -425,7 +425,7 @@ fn lower(manifest: &Manifest) -> Result<Vec<(&str, Part<'_>)>, Flaw> {
         owned(Value::List(packs.collect::<Result<_, Flaw>>()?)),
         owned(record::named(&manifest.identity)),
         owned(record::named(&manifest.environment)),
-        owned(Value::Dict(metrics.collect())),
+        owned(Value::dict(metrics.collect())),
         owned(Value::Bool(manifest.pinned)),
         owned(record::digest(&manifest.journal_head)),
         owned(record::count("new bytes", manifest.new_bytes)?),

@@ -2,6 +2,8 @@
 //!
 //! Touches: nothing.
 
+use std::sync::Arc;
+
 use crate::digest::Digest;
 use crate::format::Flaw;
 use crate::state::Value;
@@ -29,7 +31,7 @@ pub(super) fn digest(digest: &Digest) -> Value {
 
 /// Named values as one value.
 pub(super) fn named(fields: &[(String, Value)]) -> Value {
-    Value::Dict(
+    Value::dict(
         fields
             .iter()
             .map(|(name, value)| (Value::Str(name.clone()), value.clone()))
@@ -97,7 +99,8 @@ impl Fields {
                 names.join(", ")
             )));
         }
-        let values: Vec<Value> = items.into_iter().map(|(_, value)| value).collect();
+        let items = Arc::unwrap_or_clone(items).into_iter();
+        let values: Vec<Value> = items.map(|(_, value)| value).collect();
         Ok(Fields {
             what,
             names,
@@ -188,7 +191,7 @@ impl Fields {
             return Err(self.wrong("a mapping"));
         };
         let mut named = Vec::with_capacity(items.len());
-        for (key, value) in items {
+        for (key, value) in Arc::unwrap_or_clone(items) {
             match key {
                 Value::Str(key) => named.push((key, value)),
                 _ => return Err(self.wrong("a mapping with text keys")),

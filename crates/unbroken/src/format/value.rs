@@ -613,7 +613,7 @@ impl<'a> Reader<'a> {
             2 => self.bytes().map(|bytes| Value::Bytes(bytes.to_vec())),
             3 => self.text().map(|text| Value::Str(text.to_owned())),
             4 => self.items(inner).map(Value::List),
-            5 => self.dict(inner).map(Value::Dict),
+            5 => self.dict(inner).map(Value::dict),
             6 => self.tagged(inner),
             _ => self.simple(first),
         }

@@ -111,7 +111,7 @@ fn alike(one: &Value, other: &Value, depth: usize) -> bool {
     };
     match (one, other) {
         (Value::Dict(one), Value::Dict(other)) => {
-            let mut entries = one.iter().zip(other);
+            let mut entries = one.iter().zip(&**other);
             one.len() == other.len()
                 && entries
                     .all(|((key, one), (other_key, other))| key == other_key && alike(one, other, depth))
@@ -169,7 +169,7 @@ mod tests {
 
     fn tree(key: Value, parts: [Value; 4]) -> Value {
         let [weight, list, object, set] = parts;
-        Value::Dict(vec![
+        Value::dict(vec![
             (key, weight),
             (text("list"), list),
             (text("object"), object),
@@ -231,7 +231,7 @@ mod tests {
         }));
         others.push(with(|_, parts| parts[3] = Value::Set(vec![Value::Int(2)])));
         if let Value::Dict(mut items) = with(|_, _| ()) {
-            items.swap(0, 1);
+            Arc::make_mut(&mut items).swap(0, 1);
             others.push(Value::Dict(items));
         }
         for other in &others {

@@ -501,7 +501,7 @@ impl<'a> StateWriter<'a> {
         let inside = self.scopes.pop().expect("the scope that was pushed");
         written?;
         if self.asks_for_values() {
-            self.insert(name, Value::Dict(inside.items))?;
+            self.insert(name, Value::dict(inside.items))?;
         }
         Ok(())
     }
@@ -538,7 +538,7 @@ impl<'a> StateWriter<'a> {
 
     /// The tree and the storages.
     pub(super) fn finish(&mut self) -> Result<(Value, Vec<&[u8]>)> {
-        let tree = Value::Dict(std::mem::take(&mut self.scopes[0].items));
+        let tree = Value::dict(std::mem::take(&mut self.scopes[0].items));
         let storages = self.storages.iter().map(Lazy::get).collect::<Result<_>>()?;
         Ok((tree, storages))
     }
@@ -563,7 +563,7 @@ impl<'a> StateWriter<'a> {
             return Ok((None, sizes));
         }
         if self.asks_for_values() {
-            let tree = Value::Dict(std::mem::take(&mut self.scopes[0].items));
+            let tree = Value::dict(std::mem::take(&mut self.scopes[0].items));
             let bytes = value::encode(&tree)?;
             digests.push(("state/plain".to_owned(), Fingerprint::of(&bytes)));
         }

@@ -251,7 +251,7 @@ struct Place {
 impl Place {
     fn lowered(&self) -> Value {
         let entry = |name: &str, value: Value| (Value::Str(name.to_owned()), value);
-        Value::Dict(vec![
+        Value::dict(vec![
             entry("step", self.step.into()),
             entry("epoch", self.epoch.into()),
             entry("position", self.position.into()),
@@ -910,7 +910,7 @@ impl Training {
         state.state(&mut writer)?;
         let (objects, storages) = writer.finish()?;
         let entry = |name: &str, value: Value| (Value::Str(name.to_owned()), value);
-        let tree = Value::Dict(vec![
+        let tree = Value::dict(vec![
             entry("run", self.place.lowered()),
             entry("objects", objects),
         ]);

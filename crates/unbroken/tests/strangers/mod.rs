@@ -46,7 +46,7 @@ pub fn any_value(bytes: &mut Unstructured, depth: usize) -> Result<Value> {
         10 => Value::Tuple(any_values(bytes, depth)?),
         11 => Value::Set(any_values(bytes, depth)?),
         12 => Value::FrozenSet(any_values(bytes, depth)?),
-        13 => Value::Dict(
+        13 => Value::dict(
             any_values(bytes, depth)?
                 .into_iter()
                 .map(|item| Ok((any_value(bytes, 0)?, item)))

@@ -43,15 +43,15 @@ pub fn leaf(storage: u32, count: u64) -> Value {
 /// The tree after a step.
 pub fn tree(step: u64) -> Value {
     let text = |text: &str| Value::Str(text.to_owned());
-    let model = Value::Dict(vec![
+    let model = Value::dict(vec![
         (text("frozen"), leaf(0, FROZEN as u64 / 4)),
         (text("weight"), leaf(1, 10)),
     ]);
-    let optimizer = Value::Dict(vec![(
+    let optimizer = Value::dict(vec![(
         Value::Int(0),
         Value::Tuple(vec![leaf(2, 10), Value::Int(step as i64)]),
     )]);
-    Value::Dict(vec![(text("model"), model), (text("optimizer"), optimizer)])
+    Value::dict(vec![(text("model"), model), (text("optimizer"), optimizer)])
 }
 
 /// The bytes of the tree's storages after a step.
