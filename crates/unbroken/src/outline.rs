@@ -81,48 +81,67 @@ pub(crate) fn gathered(tree: &Value, lengths: &[u64]) -> BTreeSet<usize> {
 
 /// Calls `visit` for each leaf below a value, in the order of its nodes. `at_top`: its path is empty.
 fn each_leaf<'t>(value: &'t Value, at_top: bool, visit: &mut dyn FnMut(&'t Value)) {
-    let parts = parts(value, at_top);
-    if is_leaf(value, &parts) {
+    if is_leaf(value, at_top) {
         visit(value);
     }
-    for (part, item) in parts {
-        each_leaf(item, at_top && part.is_empty(), visit);
+    each_part(value, at_top, |part, item| {
+        each_leaf(item, at_top && part.text().is_empty(), visit);
+    });
+}
+
+/// What the path of a part ends with.
+enum Part<'t> {
+    Key(&'t Value),
+    Name(&'t str),
+    Index(usize),
+}
+
+impl<'t> Part<'t> {
+    fn text(&self) -> Cow<'t, str> {
+        match *self {
+            Part::Key(key) => key_text(key),
+            Part::Name(name) => Cow::Borrowed(name),
+            Part::Index(index) => Cow::Owned(index.to_string()),
+        }
     }
 }
 
-/// The parts of a value that have paths of their own, and what those end with, without what comparisons leave out.
-fn parts(value: &Value, at_top: bool) -> Vec<(Cow<'_, str>, &Value)> {
+/// Calls `visit` for the parts of a value that have paths of their own, without what comparisons leave out.
+fn each_part<'t>(value: &'t Value, at_top: bool, mut visit: impl FnMut(Part<'t>, &'t Value)) {
     match value {
-        Value::Dict(items) => {
-            let kept = |key: &Value| !at_top || !matches!(key, Value::Str(name) if name == UNTOUCHED);
-            let kept = items.iter().filter(|(key, _)| kept(key));
-            kept.map(|(key, item)| (key_text(key), item)).collect()
-        }
+        Value::Dict(items) => items
+            .iter()
+            .filter(|(key, _)| is_compared(key, at_top))
+            .for_each(|(key, item)| visit(Part::Key(key), item)),
         Value::Object(object) => {
             let fields = object.fields.iter();
-            fields
-                .map(|(name, item)| (Cow::Borrowed(name.as_str()), item))
-                .collect()
+            fields.for_each(|(name, item)| visit(Part::Name(name), item));
         }
         Value::List(items) | Value::Tuple(items) if items.iter().any(branches) => {
             let numbered = items.iter().enumerate();
-            numbered
-                .map(|(index, item)| (Cow::Owned(index.to_string()), item))
-                .collect()
+            numbered.for_each(|(index, item)| visit(Part::Index(index), item));
         }
         Value::Tensor(tensor) => {
             let nested = tensor.attrs.iter().filter(|(_, value)| branches(value));
-            nested
-                .map(|(name, item)| (Cow::Borrowed(name.as_str()), item))
-                .collect()
+            nested.for_each(|(name, item)| visit(Part::Name(name), item));
         }
-        _ => Vec::new(),
+        _ => {}
     }
 }
 
-/// Whether a value with these parts has content of its own.
-fn is_leaf(value: &Value, parts: &[(Cow<'_, str>, &Value)]) -> bool {
-    parts.is_empty() || matches!(value, Value::Tensor(_))
+/// Whether comparisons look at a mapping's entry.
+fn is_compared(key: &Value, at_top: bool) -> bool {
+    !at_top || !matches!(key, Value::Str(name) if name == UNTOUCHED)
+}
+
+/// Whether a value has content of its own: it is a tensor, or no part of it has a path.
+fn is_leaf(value: &Value, at_top: bool) -> bool {
+    match value {
+        Value::Dict(items) => !items.iter().any(|(key, _)| is_compared(key, at_top)),
+        Value::Object(object) => object.fields.is_empty(),
+        Value::List(items) | Value::Tuple(items) => !items.iter().any(branches),
+        _ => true,
+    }
 }
 
 /// A tree's nodes, and its leaves' values in the same order.
@@ -143,19 +162,19 @@ impl<'t> Leaves<'t> {
     }
 
     fn node(&mut self, path: String, value: &'t Value) {
-        let parts = parts(value, path.is_empty());
+        let at_top = path.is_empty();
         let layout = match value {
             Value::Tensor(tensor) => self.layout(&path, tensor),
             _ => String::new(),
         };
-        let leaf = is_leaf(value, &parts);
+        let leaf = is_leaf(value, at_top);
         if leaf {
             self.values.push(value);
         }
-        let below: Vec<(String, &Value)> = parts
-            .into_iter()
-            .map(|(part, item)| (join(&path, &part), item))
-            .collect();
+        let mut below: Vec<(String, &Value)> = Vec::new();
+        each_part(value, at_top, |part, item| {
+            below.push((join(&path, &part.text()), item))
+        });
         self.nodes.push(Node {
             path,
             what: what(value),

@@ -126,27 +126,37 @@ enum Content {
     /// All of it, as it is.
     Whole,
     /// The parts that changed; the rest is where it was.
-    Changed(Renewal, Vec<Range<usize>>),
+    Changed(Box<(Renewal, Vec<Range<usize>>)>),
     /// All of it, coded.
-    Coded(Compressed),
+    Coded(Box<Compressed>),
 }
 
 impl Addition {
-    /// What is written, part by part.
-    fn parts<'a>(&'a self, storages: &[Bytes<'a>]) -> Vec<Bytes<'a>> {
+    /// Adds what is written, part by part, and returns how many parts that is.
+    fn add_parts<'a>(&'a self, storages: &[Bytes<'a>], regions: &mut Vec<(Bytes<'a>, usize)>) -> usize {
         let bytes = storages[self.storage];
+        let before = regions.len();
         match &self.content {
-            Content::Whole => vec![bytes],
-            Content::Changed(_, parts) => parts.iter().map(|part| bytes.part(part.clone())).collect(),
-            Content::Coded(coded) => coded.frames.iter().map(|frame| Bytes::Here(frame)).collect(),
+            Content::Whole => regions.push((bytes, self.grain)),
+            Content::Changed(changed) => {
+                let parts = changed.1.iter().map(|part| bytes.part(part.clone()));
+                regions.extend(parts.map(|part| (part, self.grain)));
+            }
+            Content::Coded(coded) => {
+                let frames = coded.frames.iter().map(|frame| Bytes::Here(frame));
+                regions.extend(frames.map(|frame| (frame, self.grain)));
+            }
         }
+        regions.len() - before
     }
 
     /// How a pack shows it: what else than the storage's bytes it is, and how many bytes.
     fn shown(&self) -> Option<(&'static str, u64)> {
         match &self.content {
             Content::Whole => None,
-            Content::Changed(_, parts) => Some((CHANGED, parts.iter().map(|part| part.len() as u64).sum())),
+            Content::Changed(changed) => {
+                Some((CHANGED, changed.1.iter().map(|part| part.len() as u64).sum()))
+            }
             Content::Coded(coded) => Some((COMPRESSED, coded.length())),
         }
     }
@@ -372,14 +382,15 @@ impl Store {
         let form = form.unwrap_or_else(|| Form::of(Arc::clone(&manifest)));
         let checkpoint = Checkpoint::new(&self.directory, &name, manifest, form);
         let found = std::mem::take(&mut plan.found);
-        let (habits, published) = both(
+        let meanwhile = || {
+            if let Some(meanwhile) = beside.meanwhile {
+                meanwhile(&checkpoint);
+            }
+        };
+        let habits = || self.habits_of(checkpoint.manifest(), storages, &plan.samples, found);
+        let (((), habits), published) = both(
             many,
-            || {
-                if let Some(meanwhile) = beside.meanwhile {
-                    meanwhile(&checkpoint);
-                }
-                self.habits_of(checkpoint.manifest(), storages, &plan.samples, found)
-            },
+            || both(many, meanwhile, habits),
             || {
                 for pack in packs {
                     self.publish(&pack, OBJECTS, made)?;
@@ -439,27 +450,24 @@ impl Store {
         tree: &Value,
     ) -> Result<Vec<Option<Digested>>> {
         let in_order = || new.layout().order.iter().map(|&at| (at, &new.additions[at]));
-        let parts: Vec<Vec<Bytes>> = in_order().map(|(_, addition)| addition.parts(storages)).collect();
-        let grains = in_order().map(|(_, addition)| addition.grain);
-        let regions = parts
-            .iter()
-            .zip(grains)
-            .flat_map(|(parts, grain)| parts.iter().map(move |&part| (part, grain)));
-        let found = pack_writer::write(file, &new.layout().header, regions, &mut self.buffers)?;
-        let mut found = found.into_iter();
+        let mut regions = Vec::with_capacity(new.additions.len());
+        let counts: Vec<usize> = in_order()
+            .map(|(_, addition)| addition.add_parts(storages, &mut regions))
+            .collect();
+        let header = &new.layout().header;
+        let mut found = pack_writer::write(file, header, regions.into_iter(), &mut self.buffers)?.into_iter();
         let mut written: Vec<Option<Digested>> = new.additions.iter().map(|_| None).collect();
-        for ((at, addition), parts) in in_order().zip(&parts) {
-            let of_parts: Vec<Assembly> = found.by_ref().take(parts.len()).collect();
-            let digests = || of_parts.iter().map(Assembly::finish);
-            if addition
-                .digests
-                .as_ref()
-                .is_some_and(|known| !digests().eq(known.iter().copied()))
-            {
-                return Err(changed(tree, addition.storage));
-            }
-            if let (None, Ok([all])) = (&addition.digests, <[Assembly; 1]>::try_from(of_parts)) {
-                written[at] = Some(self.digested(all));
+        for ((at, addition), parts) in in_order().zip(counts) {
+            let mut of_parts = found.by_ref().take(parts);
+            match &addition.digests {
+                // Of what is written whole, and only of that, nothing may be known.
+                None => written[at] = of_parts.next().map(|all| self.digested(all)),
+                Some(known) => {
+                    let digests: Vec<Digest> = of_parts.map(|part| part.finish()).collect();
+                    if digests != *known {
+                        return Err(changed(tree, addition.storage));
+                    }
+                }
             }
         }
         Ok(written)
@@ -532,7 +540,7 @@ impl Store {
                 Some(renewal) => {
                     let parts = renewal.written();
                     let digests = digests_of(&parts, storages[index].all());
-                    (Content::Changed(renewal, parts), Some(digests))
+                    (Content::Changed(Box::new((renewal, parts))), Some(digests))
                 }
                 None => (
                     Content::Whole,
@@ -960,7 +968,7 @@ fn take_coded(
         Ok(Addition {
             storage,
             digests: Some(coded.digests.clone()),
-            content: Content::Coded(coded),
+            content: Content::Coded(Box::new(coded)),
             grain: GROUP,
         })
     };
@@ -994,7 +1002,7 @@ fn lay_out(
         })
         .collect();
     let renewal = |addition: &Addition| match &addition.content {
-        Content::Changed(renewal, _) => renewal.kept_in().cloned().collect(),
+        Content::Changed(changed) => changed.0.kept_in().cloned().collect(),
         Content::Whole | Content::Coded(_) => Vec::new(),
     };
     for pack in additions.iter().flatten().flat_map(renewal) {
@@ -1016,8 +1024,8 @@ fn lay_out(
             let offset = layout.offsets[position];
             origins[addition.storage] = Some(match &addition.content {
                 Content::Whole => Origin::New(new.len(), position),
-                Content::Changed(renewal, _) => {
-                    Origin::At(renewal.place(number, offset, |pack| packs.number(pack)))
+                Content::Changed(changed) => {
+                    Origin::At(changed.0.place(number, offset, |pack| packs.number(pack)))
                 }
                 Content::Coded(coded) => Origin::At(coded.place(number, offset, |pack| packs.number(pack))),
             });
