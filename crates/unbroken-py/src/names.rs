@@ -109,14 +109,14 @@ impl Names {
 }
 
 impl Names {
-    fn push(&mut self, kind_of: &str, name: String, item: Bound<'_, PyAny>) {
+    fn push(&mut self, kind: &str, name: String, item: Bound<'_, PyAny>) {
         self.first
             .entry(item.as_ptr() as usize)
             .or_insert(self.named.len());
         let last = self.named.last().map(|last| &last.kind);
-        let kind = last.filter(|last| &***last == kind_of).cloned();
+        let shared = last.filter(|last| &***last == kind).cloned();
         self.named.push(Named {
-            kind: kind.unwrap_or_else(|| kind_of.into()),
+            kind: shared.unwrap_or_else(|| kind.into()),
             name,
             item: item.unbind(),
         });

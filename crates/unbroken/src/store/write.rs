@@ -6,7 +6,8 @@
 //! Bytes are read once where that is enough: a storage that changed up to the last commit, and of which a sample shows
 //! that it changed since, is taken for new and digested while it is written. Others are digested first, so that what is on
 //! disk already is not written again; of a large one that changed in few places, only those are.
-//! Where that was asked for, what is new and changes all over is compressed before it is written.
+//! Where that was asked for, what is new and changes all over is compressed before it is written. What describes thousands
+//! of storages is made on other threads while the disk is busy.
 
 use std::cell::LazyCell;
 use std::collections::hash_map::Entry as Slot;
